@@ -1,0 +1,153 @@
+#include "base/workers.h"
+
+#include "base/memory.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#define RELAX() __builtin_ia32_pause()
+#else
+#define RELAX() ((void)0)
+#endif
+
+enum { SPINS = 4000 }; /* about 50-100 us on today's x86: longer than the gaps inside one step */
+
+struct choir_workers {
+    uint32_t n;
+    pthread_t *threads;
+    choir_work work; /* written by the owner before `round` is released */
+    void *arg;
+    _Alignas(64) _Atomic uint32_t round;   /* release in run(), acquire in helper(): publishes work */
+    _Alignas(64) _Atomic uint32_t pending; /* acq_rel countdown in helper(), acquire in run() */
+    _Alignas(64) _Atomic uint32_t sleepers;
+    _Atomic uint32_t stop;                 /* published by `round` like work */
+};
+
+typedef struct seat {
+    choir_workers *workers;
+    uint32_t index;
+} seat;
+
+static void futex_wait(_Atomic uint32_t *word, uint32_t value)
+{
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+static void futex_wake_all(_Atomic uint32_t *word)
+{
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0);
+}
+
+/* Waits until *round differs from `seen`; spins first, since steps follow one another closely. */
+static uint32_t await_round(choir_workers *w, uint32_t seen)
+{
+    for (int i = 0; i < SPINS; i++) {
+        uint32_t now = atomic_load_explicit(&w->round, memory_order_acquire);
+        if (now != seen) return now;
+        RELAX();
+    }
+    for (;;) {
+        /* seq_cst pairs with run(): either run() sees the sleeper, or the sleeper sees the round. */
+        atomic_fetch_add(&w->sleepers, 1);
+        uint32_t now = atomic_load(&w->round);
+        if (now == seen) futex_wait(&w->round, seen);
+        atomic_fetch_sub(&w->sleepers, 1);
+        now = atomic_load_explicit(&w->round, memory_order_acquire);
+        if (now != seen) return now;
+    }
+}
+
+static void *helper(void *arg)
+{
+    seat *s = arg;
+    choir_workers *w = s->workers;
+    uint32_t index = s->index, seen = 0;
+    choir_free(s);
+    for (;;) {
+        seen = await_round(w, seen);
+        if (atomic_load_explicit(&w->stop, memory_order_relaxed)) return NULL;
+        w->work(w->arg, index, w->n);
+        atomic_fetch_sub_explicit(&w->pending, 1, memory_order_acq_rel);
+    }
+}
+
+void choir_workers_run(choir_workers *w, choir_work work, void *arg)
+{
+    if (w->n > 1) {
+        w->work = work;
+        w->arg = arg;
+        atomic_store_explicit(&w->pending, w->n - 1, memory_order_relaxed);
+        atomic_fetch_add(&w->round, 1);
+        if (atomic_load(&w->sleepers) > 0) futex_wake_all(&w->round);
+    }
+    work(arg, 0, w->n);
+    if (w->n > 1) {
+        for (int i = 0; atomic_load_explicit(&w->pending, memory_order_acquire) != 0; i++) {
+            if (i < SPINS)
+                RELAX();
+            else
+                sched_yield(); /* more threads than cores: let the helper run */
+        }
+    }
+}
+
+uint32_t choir_workers_count(const choir_workers *workers) { return workers->n; }
+
+static choir_status start_helper(choir_workers *w, uint32_t index)
+{
+    seat *s = choir_alloc(CHOIR_MEM_OTHER, sizeof *s);
+    if (s == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a worker thread");
+    *s = (seat){w, index};
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int e = pthread_create(&w->threads[index], NULL, helper, s);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (e == 0) return CHOIR_OK;
+    choir_free(s);
+    errno = e;
+    return choir_fail(CHOIR_E_NO_MEMORY, "worker thread %u cannot be started: %m", index);
+}
+
+choir_status choir_workers_create(uint32_t n_workers, choir_workers **out)
+{
+    if (n_workers < 1 || n_workers > 256)
+        return choir_fail(CHOIR_E_INVALID, "threads is %u, must be 1 to 256", n_workers);
+    choir_workers *w = NULL;
+    /* The struct holds cache-line-aligned members, which plain allocation does not promise. */
+    w = choir_alloc_pages(CHOIR_MEM_OTHER, sizeof *w);
+    if (w == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for worker threads");
+    w->threads = choir_calloc(CHOIR_MEM_OTHER, n_workers, sizeof *w->threads);
+    if (w->threads == NULL) {
+        choir_free_pages(CHOIR_MEM_OTHER, w, sizeof *w);
+        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for worker threads");
+    }
+    w->n = 1;
+    for (uint32_t i = 1; i < n_workers; i++) {
+        choir_status status = start_helper(w, i);
+        if (status != CHOIR_OK) {
+            choir_workers_destroy(w);
+            return status;
+        }
+        w->n = i + 1; /* no helper reads n before the first run() */
+    }
+    *out = w;
+    return CHOIR_OK;
+}
+
+void choir_workers_destroy(choir_workers *w)
+{
+    if (w == NULL) return;
+    atomic_store_explicit(&w->stop, 1, memory_order_relaxed);
+    atomic_fetch_add(&w->round, 1);
+    futex_wake_all(&w->round);
+    for (uint32_t i = 1; i < w->n; i++) pthread_join(w->threads[i], NULL);
+    choir_free(w->threads);
+    choir_free_pages(CHOIR_MEM_OTHER, w, sizeof *w);
+}

@@ -1,0 +1,84 @@
+/* WHAT    The loaded model and its step: rows of many sequences in, logits and drawn tokens out.
+ * OWNS    Packed weights, the KV pages' memory, step scratch, the worker threads.
+ * THREADS One engine thread calls step() and the KV calls; config and tokenizer: any thread.
+ * ERRORS  A step fails as a whole only for bugs; a span whose logits are NaN or Inf fails alone
+ *         (span->status CHOIR_E_DATA_LOSS).
+ * LIMITS  step() allocates nothing once warm. The caller owns page numbers: who holds which page is the
+ *         scheduler's matter.
+ * NEXT    engine/token_path.c: the path of a token, read aloud; scheduler/scheduler.h above. */
+#pragma once
+#include "base/base.h"
+#include "engine/chat_template.h"
+#include "engine/kernels/kernels.h"
+#include "engine/model_file.h"
+#include "engine/sampler.h"
+#include "engine/tokenizer.h"
+
+typedef struct choir_engine choir_engine;
+
+typedef struct choir_engine_options {
+    uint32_t n_threads;     /* 0: one per core */
+    choir_cpu_level level;  /* CHOIR_CPU_N_LEVELS: the best of this CPU */
+    bool exact;             /* f32 activations and accumulation over dequantised weights */
+    uint64_t kv_bytes;      /* memory for KV pages; 0: enough for max_rows tokens */
+    uint32_t max_rows;      /* rows (tokens) of one step, at most */
+    uint32_t max_spans;     /* sequences of one step, at most */
+    bool show_progress;     /* a bar on stderr while loading */
+} choir_engine_options;
+#define CHOIR_ENGINE_OPTIONS_DEFAULT                                                               \
+    ((choir_engine_options){.level = CHOIR_CPU_N_LEVELS, .max_rows = 512, .max_spans = 64})
+
+choir_status choir_engine_open(const char *path, const choir_engine_options *options,
+                               choir_engine **out) CHOIR_MUST_USE;
+void choir_engine_close(choir_engine *engine);
+
+const choir_model_config *choir_engine_config(const choir_engine *engine);
+const choir_tokenizer *choir_engine_tokenizer(const choir_engine *engine);
+const choir_chat_template *choir_engine_chat_template(const choir_engine *engine); /* NULL: none */
+const choir_kernels *choir_engine_kernels(const choir_engine *engine);
+uint32_t choir_engine_n_threads(const choir_engine *engine);
+
+enum { CHOIR_PAGE_TOKENS = 32 };
+uint32_t choir_engine_n_pages(const choir_engine *engine);
+size_t choir_engine_page_bytes(const choir_engine *engine);
+void choir_engine_copy_page(choir_engine *engine, uint32_t from, uint32_t to);
+void choir_engine_zero_page(choir_engine *engine, uint32_t page); /* poisoned KV is wiped */
+
+/* The routes of a span's tokens: [n_layers, n_tokens, n_experts_used], best first; of dense layers: 0. */
+typedef struct choir_routes {
+    uint16_t *experts;
+    float *weights;
+} choir_routes;
+
+/* One sequence's rows in a step: n_tokens new tokens at consecutive positions. */
+typedef struct choir_span {
+    const uint32_t *tokens; /* each < vocab */
+    uint32_t n_tokens;      /* >= 1 */
+    uint32_t position;      /* of tokens[0]; keys 0 .. position-1 lie in the pages already */
+    const uint32_t *pages;  /* page i holds positions [32 i, 32 i + 32); covers position + n_tokens */
+    uint32_t n_pages;
+    uint32_t n_logits;      /* the last n_logits tokens get logits: 0 in mid-prefill, else 1 … n_tokens */
+    float *logits;          /* [n_logits, vocab], or NULL */
+    const uint32_t *targets; /* [n_logits] or NULL: score these next tokens … */
+    float *target_logprobs;  /* … here (log-softmax, computed in double) */
+    choir_sampler *sampler;  /* NULL, or draws from the last token's logits (n_logits >= 1) */
+    choir_routes *routes;    /* NULL, or filled */
+    choir_sample sample;     /* out, when sampler */
+    choir_status status;     /* out */
+} choir_span;
+
+/* Σ n_tokens <= max_rows, n_spans <= max_spans. Spans are independent: a span's bits depend on nothing
+ * but its own tokens and pages. Two spans of one step may share pages only below their positions. */
+choir_status choir_engine_step(choir_engine *engine, choir_span *spans, uint32_t n_spans) CHOIR_MUST_USE;
+uint64_t choir_engine_n_steps(const choir_engine *engine); /* for the watchdog; any thread */
+
+/* Every token goes to this expert alone (weight 1); -1 ends it. A property of the demo MoE that tests
+ * and `choir logits --force-expert` use. */
+choir_status choir_engine_force_expert(choir_engine *engine, int32_t expert) CHOIR_MUST_USE;
+
+/* Memory by use, for `choir info` and GetStats. */
+typedef struct choir_engine_sizes {
+    uint64_t weight_bytes, expert_bytes, kv_bytes, scratch_bytes, file_bytes;
+} choir_engine_sizes;
+choir_engine_sizes choir_engine_memory(const choir_engine *engine);
+const char *choir_engine_path(const choir_engine *engine);

@@ -1,0 +1,41 @@
+/* WHAT    From gate logits to a plan: for each row its experts and weights, for each expert its rows.
+ * OWNS    A plan owns its arrays, sized once for the largest step.
+ * THREADS Pure functions of their inputs; one owner per plan.
+ * ERRORS  CHOIR_E_INVALID (k > n_experts, …) and CHOIR_E_NO_MEMORY at creation only.
+ * LIMITS  Ties go to the lower expert id; a token's experts are summed in ascending id, so that results
+ *         never depend on the batch.
+ * NEXT    engine/moe.c, where plans meet experts/experts.h. */
+#pragma once
+#include "base/base.h"
+
+typedef enum choir_gate_kind {
+    CHOIR_GATE_SOFTMAX_TOPK, /* softmax over all experts, then the k best (optionally renormalised) */
+    CHOIR_GATE_TOPK_SOFTMAX, /* the k best logits, then softmax over those (equal to the above with
+                                renormalisation, up to rounding) */
+} choir_gate_kind;
+
+typedef struct choir_gate {
+    choir_gate_kind kind;
+    uint32_t n_experts, k;
+    bool normalise; /* SOFTMAX_TOPK: the k weights are divided by their sum */
+} choir_gate;
+
+typedef struct choir_plan {
+    uint32_t n_rows, n_experts, k;
+    uint16_t *experts; /* [n_rows, k] best first */
+    float *weights;    /* [n_rows, k] same order */
+    /* by expert: rows of expert e are rows[first[e] .. first[e+1]), ascending; slot = row * k + rank */
+    uint32_t *first;   /* [n_experts + 1] */
+    uint32_t *rows;    /* [n_rows * k] */
+    float *row_weights; /* [n_rows * k] */
+    uint32_t max_rows;
+} choir_plan;
+
+choir_status choir_plan_create(uint32_t max_rows, uint32_t n_experts, uint32_t k, choir_plan **out)
+    CHOIR_MUST_USE;
+void choir_plan_destroy(choir_plan *plan);
+
+/* logits: [n_rows, n_experts]; fills plan. */
+void choir_router_route(const choir_gate *gate, const float *logits, uint32_t n_rows, choir_plan *plan);
+/* Every row to one expert with weight 1 (k is 1 in the plan's lists). */
+void choir_router_force(uint32_t expert, uint32_t n_rows, choir_plan *plan);

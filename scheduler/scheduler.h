@@ -1,0 +1,150 @@
+/* WHAT    Continuous batching over one engine: requests join and leave between steps; KV pages, prefix
+ *         cache, fairness, preemption, deadlines; tokens become text and go to their streams.
+ * OWNS    Every request from submit to its last event; KV page numbers; the engine thread.
+ * THREADS submit, cancel, stats, drain: any. A stream: one consumer. The tick: the engine thread, which
+ *         the scheduler starts (or run by hand in tests: choir_scheduler_tick).
+ * ERRORS  submit: CHOIR_E_INVALID (field, value, limit), CHOIR_E_FULL (queue, with retry_ms),
+ *         CHOIR_E_UNAVAILABLE (draining). Later errors arrive as the stream's last event.
+ * LIMITS  Bounded queue; an outbox of at most outbox_bytes per request: a slow reader pauses its own
+ *         sequence only. Same request, seed and versions: same tokens, whatever else runs.
+ * NEXT    server/server.h above, engine/engine.h below. */
+#pragma once
+#include "engine/engine.h"
+
+typedef struct choir_scheduler choir_scheduler;
+typedef struct choir_stream choir_stream;
+
+typedef struct choir_scheduler_options {
+    uint32_t max_sequences;    /* running at once (--max-num-seqs); <= engine max_spans */
+    uint32_t max_step_tokens;  /* token budget of a step (--max-num-batched-tokens); <= engine max_rows */
+    uint32_t max_queued;       /* requests waiting for admission */
+    uint32_t max_tokens_per_sequence; /* --max-model-len; 0: the model's */
+    uint32_t outbox_bytes;     /* pending output of one request before its sequences pause */
+    uint32_t slow_reader_ms;   /* paused for longer: cancelled, pages freed */
+    uint32_t stall_ms;         /* work pending and no step done for this long: unhealthy */
+    bool prefix_cache;
+    bool manual;               /* no thread: the caller ticks (tests, simulation) */
+} choir_scheduler_options;
+#define CHOIR_SCHEDULER_OPTIONS_DEFAULT                                                            \
+    ((choir_scheduler_options){.max_sequences = 32,                                                \
+                               .max_step_tokens = 512,                                             \
+                               .max_queued = 256,                                                  \
+                               .outbox_bytes = 64 << 10,                                           \
+                               .slow_reader_ms = 30000,                                            \
+                               .stall_ms = 30000,                                                  \
+                               .prefix_cache = true})
+
+/* The step the scheduler calls: choir_engine_step, or a simulated one in tests. */
+typedef struct choir_step_engine {
+    void *engine;
+    choir_status (*step)(void *engine, choir_span *spans, uint32_t n_spans);
+    void (*copy_page)(void *engine, uint32_t from, uint32_t to);
+    void (*zero_page)(void *engine, uint32_t page);
+    uint32_t n_pages, page_tokens, vocab, max_positions, max_rows, max_spans;
+    const choir_tokenizer *tokenizer; /* NULL: no text, ids only */
+    uint64_t digest;                  /* of what makes KV: model, versions; part of every prefix key */
+} choir_step_engine;
+choir_step_engine choir_step_engine_of(choir_engine *engine);
+
+choir_status choir_scheduler_create(const choir_step_engine *engine,
+                                    const choir_scheduler_options *options, choir_scheduler **out)
+    CHOIR_MUST_USE;
+void choir_scheduler_destroy(choir_scheduler *scheduler); /* cancels what is left, joins its thread */
+
+enum { CHOIR_MAX_STOPS = 16, CHOIR_MAX_STOP_BYTES = 256, CHOIR_MAX_SAMPLES = 64 };
+
+/* Lent for the call to submit, which copies. */
+typedef struct choir_request {
+    const char *id; /* for logs; may be empty */
+    const uint32_t *tokens;
+    size_t n_tokens;
+    choir_sampling sampling; /* index and stop_ids are set by the scheduler */
+    uint32_t max_tokens;     /* 0: as many as fit */
+    uint32_t n;              /* samples, 1 .. 64; they share the prompt's pages */
+    bool ignore_eos;
+    bool want_logprobs;      /* deltas carry logprobs (sampling.top_logprobs alternatives) */
+    bool want_routes;
+    bool skip_special;       /* special tokens are left out of the text */
+    const char *const *stops; /* texts that end the answer; not part of it */
+    uint32_t n_stops;
+    const uint32_t *stop_ids;
+    uint32_t n_stop_ids;
+    int32_t priority;        /* higher first; equal: first come, first served */
+    uint64_t deadline_ns;    /* choir_clock_now() time; 0: none */
+    uint64_t cache_salt;     /* tenant: prefix hits never cross it */
+} choir_request;
+
+typedef enum choir_finish {
+    CHOIR_FINISH_NONE,
+    CHOIR_FINISH_STOP,   /* EOS, stop id or stop text */
+    CHOIR_FINISH_LENGTH, /* max_tokens or the context's end */
+    CHOIR_FINISH_ERROR,
+} choir_finish;
+
+typedef enum choir_event_kind { CHOIR_EVENT_STARTED, CHOIR_EVENT_DELTA, CHOIR_EVENT_DONE } choir_event_kind;
+
+typedef struct choir_token_logprob {
+    uint32_t token;
+    float logprob;
+    uint32_t n_top;
+    const uint32_t *top_tokens;
+    const float *top_logprobs;
+} choir_token_logprob;
+
+typedef struct choir_usage {
+    uint32_t prompt_tokens, cached_tokens, output_tokens; /* output: over all samples */
+    uint32_t n_preemptions;
+    uint64_t queue_ns, prefill_ns, decode_ns; /* queue: submit to first step; prefill: to first token */
+} choir_usage;
+
+typedef struct choir_event {
+    choir_event_kind kind;
+    /* DELTA: whole characters and the tokens they end with; text may be empty while held back */
+    uint32_t index;
+    const char *text;
+    size_t text_bytes;
+    const uint32_t *tokens;
+    const choir_token_logprob *logprobs; /* [n_tokens] when wanted */
+    uint32_t n_tokens;
+    const uint16_t *route_experts; /* when wanted: [n_tokens, n_layers, k], and the weights alike */
+    const float *route_weights;
+    /* STARTED: usage.prompt_tokens, cached_tokens; sent with the first token. DONE: all */
+    choir_usage usage;
+    choir_status status;           /* DONE: CHOIR_OK, or why it ended; message is the sentence */
+    const char *message;
+    const choir_finish *finish;    /* DONE: [n] */
+    const uint32_t *stop_match;    /* DONE: [n] index of the stop text, or UINT32_MAX */
+    uint32_t n_finish;
+} choir_event;
+
+/* `wake` is called (any thread, must not block or call back) whenever the stream may have become
+ * readable. On success exactly one choir_stream_release() must follow. */
+choir_status choir_scheduler_submit(choir_scheduler *scheduler, const choir_request *request,
+                                    void (*wake)(void *user), void *user, choir_stream **out)
+    CHOIR_MUST_USE;
+uint32_t choir_scheduler_retry_ms(choir_scheduler *scheduler); /* hint after CHOIR_E_FULL */
+
+/* Takes the next event; false: none now. Its pointers are lent until the next call or release. The
+ * last event is DONE. */
+bool choir_stream_next(choir_stream *stream, choir_event *out);
+/* Waits up to timeout_ns for an event (for callers without an event loop). */
+bool choir_stream_wait(choir_stream *stream, uint64_t timeout_ns, choir_event *out);
+void choir_stream_cancel(choir_stream *stream);  /* takes effect at the next step; DONE follows */
+void choir_stream_release(choir_stream *stream); /* must be called exactly once; cancels if running */
+
+/* One step by hand (options.manual). False: nothing to do. */
+bool choir_scheduler_tick(choir_scheduler *scheduler);
+
+typedef struct choir_scheduler_stats {
+    uint32_t n_running, n_waiting, n_paused;
+    uint32_t n_pages, n_pages_free, n_pages_cached; /* cached: only the prefix cache holds them */
+    uint64_t n_steps, n_prompt_tokens, n_cached_tokens, n_output_tokens;
+    uint64_t n_accepted, n_refused, n_done, n_cancelled, n_expired, n_failed, n_preempted;
+    uint64_t last_step_ns, step_ns_total, rows_total; /* rows_total / n_steps: mean batch */
+    bool healthy;                                     /* forward progress, or nothing to do */
+} choir_scheduler_stats;
+void choir_scheduler_get_stats(choir_scheduler *scheduler, choir_scheduler_stats *out);
+
+/* Refuses new requests (CHOIR_E_UNAVAILABLE); running ones go on. True once nothing is left. */
+void choir_scheduler_drain(choir_scheduler *scheduler);
+bool choir_scheduler_idle(choir_scheduler *scheduler);
