@@ -63,6 +63,7 @@ typedef struct choir_span {
     float *target_logprobs;  /* … here (log-softmax, computed in double) */
     choir_sampler *sampler;  /* NULL, or draws from the last token's logits (n_logits >= 1) */
     choir_routes *routes;    /* NULL, or filled */
+    float *ffn_inputs;       /* NULL, or [n_layers, n_tokens, hidden]: what each layer's FFN was given */
     choir_sample sample;     /* out, when sampler */
     choir_status status;     /* out */
 } choir_span;
