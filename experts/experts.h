@@ -18,10 +18,11 @@ choir_status choir_experts_create(uint32_t n_layers, uint32_t n_experts, choir_e
     CHOIR_MUST_USE;
 void choir_experts_destroy(choir_experts *store);
 
-/* Reserves one run of bytes for an expert whose three matrices were planned (choir_matrix_plan, or
- * EXACT views, which need no bytes) and sets their data; the caller then packs into them. */
-choir_status choir_experts_reserve(choir_experts *store, uint32_t layer, uint32_t expert,
-                                   const choir_expert *planned, choir_expert *out) CHOIR_MUST_USE;
+/* Reserves a layer's experts, each one run of bytes behind the other, from their planned matrices
+ * (choir_matrix_plan; EXACT views need no bytes), and sets the matrices' data in place; the caller then
+ * packs into them. experts: [n_experts]. */
+choir_status choir_experts_reserve(choir_experts *store, uint32_t layer, choir_expert *experts)
+    CHOIR_MUST_USE;
 
 choir_status choir_experts_pin(choir_experts *store, uint32_t layer, uint32_t expert,
                                const choir_expert **out) CHOIR_MUST_USE;

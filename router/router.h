@@ -20,22 +20,24 @@ typedef struct choir_gate {
     bool normalise; /* SOFTMAX_TOPK: the k weights are divided by their sum */
 } choir_gate;
 
+/* Slots: the (row, rank) pairs sorted by expert, then by row: what the experts compute. */
 typedef struct choir_plan {
-    uint32_t n_rows, n_experts, k;
+    uint32_t n_rows, n_experts, k, max_rows;
     uint16_t *experts; /* [n_rows, k] best first */
     float *weights;    /* [n_rows, k] same order */
-    /* by expert: rows of expert e are rows[first[e] .. first[e+1]), ascending; slot = row * k + rank */
-    uint32_t *first;   /* [n_experts + 1] */
-    uint32_t *rows;    /* [n_rows * k] */
-    float *row_weights; /* [n_rows * k] */
-    uint32_t max_rows;
+    uint32_t *first;   /* [n_experts + 1]: expert e has slots first[e] .. first[e + 1) */
+    uint32_t *slots;   /* [n_rows * k] slot -> row * k + rank */
+    uint32_t *slot_of; /* [n_rows * k] row * k + rank -> slot */
 } choir_plan;
 
 choir_status choir_plan_create(uint32_t max_rows, uint32_t n_experts, uint32_t k, choir_plan **out)
     CHOIR_MUST_USE;
 void choir_plan_destroy(choir_plan *plan);
 
-/* logits: [n_rows, n_experts]; fills plan. */
-void choir_router_route(const choir_gate *gate, const float *logits, uint32_t n_rows, choir_plan *plan);
-/* Every row to one expert with weight 1 (k is 1 in the plan's lists). */
-void choir_router_force(uint32_t expert, uint32_t n_rows, choir_plan *plan);
+/* Experts and weights of rows [begin, end) from logits [n_rows, n_experts]; workers take disjoint rows. */
+void choir_router_route(const choir_gate *gate, const float *logits, uint32_t begin, uint32_t end,
+                        choir_plan *plan);
+/* The same, but every row goes to one expert with weight 1 (its other ranks have weight 0). */
+void choir_router_force(uint32_t expert, uint32_t begin, uint32_t end, choir_plan *plan);
+/* Fills the slots once all rows are routed; one worker. */
+void choir_plan_group(choir_plan *plan, uint32_t n_rows);
