@@ -27,6 +27,8 @@ struct choir_workers {
     _Alignas(64) _Atomic uint32_t pending; /* acq_rel countdown in helper(), acquire in run() */
     _Alignas(64) _Atomic uint32_t sleepers;
     _Atomic uint32_t stop;                 /* published by `round` like work */
+    _Alignas(64) _Atomic uint32_t arrived; /* acq_rel count in sync(); the last one resets it */
+    _Alignas(64) _Atomic uint32_t phase;   /* release by the last to arrive, acquire by the others */
 };
 
 typedef struct seat {
@@ -94,6 +96,23 @@ void choir_workers_run(choir_workers *w, choir_work work, void *arg)
             else
                 sched_yield(); /* more threads than cores: let the helper run */
         }
+    }
+}
+
+void choir_workers_sync(choir_workers *w)
+{
+    if (w->n == 1) return;
+    uint32_t phase = atomic_load_explicit(&w->phase, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&w->arrived, 1, memory_order_acq_rel) + 1 == w->n) {
+        atomic_store_explicit(&w->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&w->phase, phase + 1, memory_order_release);
+        return;
+    }
+    for (int i = 0; atomic_load_explicit(&w->phase, memory_order_acquire) == phase; i++) {
+        if (i < SPINS)
+            RELAX();
+        else
+            sched_yield();
     }
 }
 

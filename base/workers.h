@@ -14,6 +14,9 @@ typedef void (*choir_work)(void *arg, uint32_t worker, uint32_t n_workers);
 choir_status choir_workers_create(uint32_t n_workers, choir_workers **out); /* 1..256 */
 void choir_workers_destroy(choir_workers *workers);
 void choir_workers_run(choir_workers *workers, choir_work work, void *arg);
+/* A barrier inside `work`: every worker calls it the same number of times; what each wrote before is
+ * seen by all after. */
+void choir_workers_sync(choir_workers *workers);
 uint32_t choir_workers_count(const choir_workers *workers);
 
 /* The part [*begin, *end) of n items that worker i of k does; multiples of `grain` except the last. */
