@@ -1,0 +1,195 @@
+#include "engine/state.h"
+
+#include <math.h>
+#include <string.h>
+#include <unistd.h>
+
+static choir_status check_config(const choir_model_config *c)
+{
+    if (c->head_dim > CHOIR_MAX_HEAD_DIM)
+        return choir_fail(CHOIR_E_UNIMPLEMENTED, "head_dim is %u, the limit is %d", c->head_dim,
+                          CHOIR_MAX_HEAD_DIM);
+    return CHOIR_OK;
+}
+
+static choir_status check_options(choir_engine_options *o)
+{
+    if (o->level == CHOIR_CPU_N_LEVELS) o->level = choir_cpu_best_level();
+    if (choir_kernels_at(o->level) == NULL)
+        return choir_fail(CHOIR_E_PRECONDITION, "this CPU lacks what level %d of the kernels needs",
+                          (int)o->level);
+    if (o->n_threads == 0) {
+        long n = sysconf(_SC_NPROCESSORS_ONLN);
+        o->n_threads = n < 1 ? 1 : n > 256 ? 256 : (uint32_t)n;
+    }
+    if (o->max_rows == 0 || o->max_rows > 65536)
+        return choir_fail(CHOIR_E_INVALID, "max_rows is %u, must be 1 to 65536", o->max_rows);
+    if (o->max_spans == 0 || o->max_spans > o->max_rows)
+        return choir_fail(CHOIR_E_INVALID, "max_spans is %u, must be 1 to max_rows (%u)",
+                          o->max_spans, o->max_rows);
+    return CHOIR_OK;
+}
+
+/* Inverse frequencies of rope, f32 as the reference implementations have them. Llama 3.1 stretches long
+ * wavelengths by `factor` and blends in between; GGUF files hold that as divisors per frequency. */
+static choir_status make_frequencies(choir_engine *e, const choir_model_file *file)
+{
+    const choir_rope_config *r = &e->config.rope;
+    uint32_t half = r->rotary_dims / 2;
+    e->inv_freq = choir_alloc(CHOIR_MEM_WEIGHTS, half * sizeof *e->inv_freq);
+    if (e->inv_freq == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for rope");
+    choir_tensor divisors = {0};
+    bool divided = choir_model_file_has(file, CHOIR_ROLE_ROPE_FACTORS, 0);
+    float *divisor = NULL;
+    if (divided) {
+        CHOIR_TRY(choir_model_file_tensor(file, CHOIR_ROLE_ROPE_FACTORS, 0, 0, &divisors));
+        divisor = choir_arena_alloc(e->vectors, (size_t)divisors.cols * sizeof *divisor);
+        if (divisor == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for rope");
+        choir_tensor_row(&divisors, 0, divisor);
+    }
+    for (uint32_t d = 0; d < half; d++) {
+        float f = 1.0F / powf(r->theta, (float)(2 * d) / (float)r->rotary_dims);
+        if (divided) {
+            f /= divisor[d];
+        } else if (r->scaling == CHOIR_ROPE_LINEAR) {
+            f /= r->factor;
+        } else if (r->scaling == CHOIR_ROPE_LLAMA3) {
+            float wavelength = 2.0F * (float)M_PI / f;
+            float original = (float)r->original_max_positions;
+            float smooth = (original / wavelength - r->low_freq_factor) /
+                           (r->high_freq_factor - r->low_freq_factor);
+            if (wavelength > original / r->low_freq_factor)
+                f /= r->factor;
+            else if (wavelength >= original / r->high_freq_factor)
+                f = (1 - smooth) * f / r->factor + smooth * f;
+        }
+        e->inv_freq[d] = f;
+    }
+    return CHOIR_OK;
+}
+
+static choir_status open_template(choir_engine *e, const choir_model_file *file)
+{
+    const char *source = choir_model_file_chat_template(file);
+    if (source == NULL) return CHOIR_OK;
+    choir_status status =
+        choir_chat_template_compile(source, strlen(source), &e->chat_template);
+    if (status == CHOIR_OK || status == CHOIR_E_NO_MEMORY) return status;
+    /* Text and token prompts still work without it. */
+    choir_log(CHOIR_LOG_WARNING, "%s: chat is off, its template does not compile: %s", e->path,
+              choir_error_message());
+    return CHOIR_OK;
+}
+
+static choir_status open_from(choir_engine *e, const choir_model_file *file)
+{
+    e->config = *choir_model_file_config(file);
+    e->file_bytes = choir_model_file_bytes(file);
+    CHOIR_TRY(check_config(&e->config));
+    CHOIR_TRY(check_options(&e->options));
+    e->kernels = choir_kernels_at(e->options.level);
+    e->gate = (choir_gate){.kind = e->config.family->gate,
+                           .n_experts = e->config.n_experts,
+                           .k = e->config.n_experts_used,
+                           .normalise = e->config.normalise_topk};
+    CHOIR_TRY(choir_tokenizer_open(file, &e->tokenizer));
+    CHOIR_TRY(open_template(e, file));
+    CHOIR_TRY(choir_workers_create(e->options.n_threads, &e->workers));
+    e->n_threads = choir_workers_count(e->workers);
+    CHOIR_TRY(choir_engine_load_weights(e, file));
+    CHOIR_TRY(make_frequencies(e, file));
+    CHOIR_TRY(choir_kv_create(e));
+    return choir_step_create(e);
+}
+
+choir_status choir_engine_open(const char *path, const choir_engine_options *options,
+                               choir_engine **out)
+{
+    choir_engine *e = choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *e);
+    choir_model_file *file = NULL;
+    choir_status status = CHOIR_OK;
+    if (e == NULL || (e->path = choir_strdup(CHOIR_MEM_OTHER, path)) == NULL) {
+        status = choir_fail(CHOIR_E_NO_MEMORY, "no memory to open %s", path);
+        goto fail;
+    }
+    e->options = *options;
+    e->forced_expert = -1;
+    CHOIR_TRY_TO(fail, status, choir_model_file_open(path, &file));
+    CHOIR_TRY_TO(fail, status, open_from(e, file));
+    if (e->options.exact)
+        e->file = file;
+    else
+        choir_model_file_close(file);
+    *out = e;
+    return CHOIR_OK;
+fail:
+    choir_engine_close(e);
+    choir_model_file_close(file);
+    return status;
+}
+
+void choir_engine_close(choir_engine *e)
+{
+    if (e == NULL) return;
+    choir_workers_destroy(e->workers);
+    choir_step_destroy(e);
+    choir_free_pages(CHOIR_MEM_KV, e->kv, e->kv_bytes);
+    choir_free(e->inv_freq);
+    choir_engine_free_weights(e);
+    choir_chat_template_destroy(e->chat_template);
+    choir_tokenizer_destroy(e->tokenizer);
+    choir_model_file_close(e->file);
+    choir_free(e->path);
+    choir_free(e);
+}
+
+const choir_model_config *choir_engine_config(const choir_engine *e) { return &e->config; }
+const choir_tokenizer *choir_engine_tokenizer(const choir_engine *e) { return e->tokenizer; }
+const choir_kernels *choir_engine_kernels(const choir_engine *e) { return e->kernels; }
+uint32_t choir_engine_n_threads(const choir_engine *e) { return e->n_threads; }
+uint32_t choir_engine_n_pages(const choir_engine *e) { return e->n_pages; }
+size_t choir_engine_page_bytes(const choir_engine *e) { return e->page_bytes; }
+const char *choir_engine_path(const choir_engine *e) { return e->path; }
+
+const choir_chat_template *choir_engine_chat_template(const choir_engine *e)
+{
+    return e->chat_template;
+}
+
+void choir_engine_copy_page(choir_engine *e, uint32_t from, uint32_t to)
+{
+    CHOIR_ASSERT(from < e->n_pages && to < e->n_pages);
+    memcpy(e->kv + to * e->page_bytes, e->kv + from * e->page_bytes, e->page_bytes);
+}
+
+void choir_engine_zero_page(choir_engine *e, uint32_t page)
+{
+    CHOIR_ASSERT(page < e->n_pages);
+    memset(e->kv + page * e->page_bytes, 0, e->page_bytes);
+}
+
+uint64_t choir_engine_n_steps(const choir_engine *e)
+{
+    return atomic_load_explicit(&e->n_steps, memory_order_acquire);
+}
+
+choir_status choir_engine_force_expert(choir_engine *e, int32_t expert)
+{
+    if (expert >= 0 && e->config.n_experts == 0)
+        return choir_fail(CHOIR_E_PRECONDITION, "%s is a dense model, it has no experts to force",
+                          e->config.name);
+    if (expert >= (int32_t)e->config.n_experts)
+        return choir_fail(CHOIR_E_INVALID, "expert %d, the model has %u", expert,
+                          e->config.n_experts);
+    e->forced_expert = expert;
+    return CHOIR_OK;
+}
+
+choir_engine_sizes choir_engine_memory(const choir_engine *e)
+{
+    return (choir_engine_sizes){.weight_bytes = e->weight_bytes,
+                                .expert_bytes = choir_experts_bytes(e->experts),
+                                .kv_bytes = e->kv_bytes,
+                                .scratch_bytes = e->scratch_bytes,
+                                .file_bytes = e->file_bytes};
+}

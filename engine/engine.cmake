@@ -1,0 +1,6 @@
+if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/families/families.h)
+    choir_library(engine
+        SOURCES attention.c engine.c head.c load.c moe.c multiply.c scratch.c token_path.c
+        LINKS choir_base choir_kernels choir_model_file choir_tokenizer choir_chat_template
+              choir_sampler choir_router choir_experts m)
+endif()

@@ -1,0 +1,138 @@
+/* The memory of a step and of the KV pages, sized once, so that a warm step allocates nothing. */
+#include "engine/state.h"
+
+#include <math.h>
+
+/* Hands out 64-aligned parts of one region; the first pass only adds sizes up (base NULL). */
+typedef struct carver {
+    uint8_t *base;
+    size_t at;
+} carver;
+
+static void *carve(carver *c, size_t n, size_t bytes)
+{
+    void *p = c->base == NULL ? NULL : c->base + c->at;
+    c->at += (n * bytes + 63) & ~(size_t)63;
+    return p;
+}
+
+static size_t max_of(size_t a, size_t b) { return a > b ? a : b; }
+
+static void carve_rows(choir_engine *e, carver *c)
+{
+    step *s = &e->step;
+    const choir_model_config *m = &e->config;
+    size_t n = e->options.max_rows, half = m->rope.rotary_dims / 2;
+    size_t q_width = (size_t)m->n_heads * m->head_dim, kv_width = (size_t)m->n_kv_heads * m->head_dim;
+    s->rows = carve(c, n, sizeof *s->rows);
+    s->outputs = carve(c, n, sizeof *s->outputs);
+    s->output_status = carve(c, n, sizeof *s->output_status);
+    s->first_row = carve(c, e->options.max_spans, sizeof *s->first_row);
+    s->items = carve(c, n * m->n_kv_heads, sizeof *s->items);
+    s->x = carve(c, n * m->hidden, sizeof(float));
+    s->h = carve(c, n * m->hidden, sizeof(float));
+    s->cos = carve(c, n * half, sizeof(float));
+    s->sin = carve(c, n * half, sizeof(float));
+    s->q = carve(c, n * q_width, sizeof(float));
+    s->k = carve(c, n * kv_width, sizeof(float));
+    s->v = carve(c, n * kv_width, sizeof(float));
+    s->att = carve(c, n * q_width, sizeof(float));
+    s->q8_att = carve(c, 1, choir_acts_q8_bytes((uint32_t)n, (uint32_t)q_width));
+    size_t head_rows = n < HEAD_ROWS ? n : HEAD_ROWS;
+    s->logits = carve(c, head_rows * m->vocab, sizeof(float));
+}
+
+/* A step's slots by expert: each expert's area is padded, hence the rows beyond n * k. */
+static void carve_slots(choir_engine *e, carver *c)
+{
+    step *s = &e->step;
+    const choir_model_config *m = &e->config;
+    size_t n = e->options.max_rows, n_experts = m->n_experts > 0 ? m->n_experts : 1;
+    size_t n_slots = m->n_experts > 0 ? n * m->n_experts_used : n;
+    uint32_t ffn = (uint32_t)max_of(m->ffn_hidden, m->expert_hidden);
+    uint32_t padded = (uint32_t)(n_slots + (m->n_experts > 0 ? 16 * n_experts : 0));
+    s->gate = carve(c, n_slots * ffn, sizeof(float));
+    s->up = carve(c, n_slots * ffn, sizeof(float));
+    s->q8_h_bytes = choir_acts_q8_bytes(padded, m->hidden) + 64 * n_experts;
+    s->q8_ffn_bytes = choir_acts_q8_bytes(padded, ffn) + 64 * n_experts;
+    s->q8_h = carve(c, 1, s->q8_h_bytes);
+    s->q8_ffn = carve(c, 1, s->q8_ffn_bytes);
+    s->q8_in_at = carve(c, n_experts, sizeof *s->q8_in_at);
+    s->q8_ffn_at = carve(c, n_experts, sizeof *s->q8_ffn_at);
+    s->pinned = carve(c, n_experts, sizeof *s->pinned);
+    if (m->n_experts == 0) return;
+    s->router_logits = carve(c, n * m->n_experts, sizeof(float));
+    s->slot_in = carve(c, n_slots * m->hidden, sizeof(float));
+    s->slot_out = carve(c, n_slots * m->hidden, sizeof(float));
+}
+
+static void carve_workers(choir_engine *e, carver *c)
+{
+    step *s = &e->step;
+    const choir_model_config *m = &e->config;
+    size_t floats =
+        e->options.exact
+            ? m->max_positions
+            : choir_attention_scratch_floats(m->n_heads, m->head_dim, CHOIR_PAGE_TOKENS);
+    s->attention_scratch = carve(c, e->n_threads, sizeof *s->attention_scratch);
+    s->sampler_scratch = carve(c, e->n_threads, sizeof *s->sampler_scratch);
+    for (uint32_t i = 0; i < e->n_threads; i++) {
+        float *attention = carve(c, floats, sizeof(float));
+        void *sampler = carve(c, m->vocab, 8);
+        if (c->base == NULL) continue;
+        s->attention_scratch[i] = attention;
+        s->sampler_scratch[i] = sampler;
+    }
+}
+
+static void carve_all(choir_engine *e, carver *c)
+{
+    carve_rows(e, c);
+    carve_slots(e, c);
+    carve_workers(e, c);
+}
+
+choir_status choir_step_create(choir_engine *e)
+{
+    carver sizes = {NULL, 0};
+    carve_all(e, &sizes);
+    e->scratch_bytes = sizes.at;
+    e->scratch = choir_alloc_pages(CHOIR_MEM_SCRATCH, e->scratch_bytes);
+    if (e->scratch == NULL)
+        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a step of %u rows (%zu bytes)",
+                          e->options.max_rows, e->scratch_bytes);
+    carver parts = {e->scratch, 0};
+    carve_all(e, &parts);
+    if (e->config.n_experts == 0) return CHOIR_OK;
+    return choir_plan_create(e->options.max_rows, e->config.n_experts, e->config.n_experts_used,
+                             &e->step.plan);
+}
+
+void choir_step_destroy(choir_engine *e)
+{
+    choir_plan_destroy(e->step.plan);
+    choir_free_pages(CHOIR_MEM_SCRATCH, e->scratch, e->scratch_bytes);
+}
+
+choir_status choir_kv_create(choir_engine *e)
+{
+    const choir_model_config *c = &e->config;
+    size_t element = e->options.exact ? sizeof(float) : sizeof(uint16_t);
+    e->layer_kv_bytes = (size_t)2 * c->n_kv_heads * CHOIR_PAGE_TOKENS * c->head_dim * element;
+    e->page_bytes = e->layer_kv_bytes * c->n_layers;
+    uint64_t wanted = e->options.kv_bytes / e->page_bytes;
+    if (e->options.kv_bytes == 0)
+        wanted = (e->options.max_rows + CHOIR_PAGE_TOKENS - 1) / CHOIR_PAGE_TOKENS;
+    if (wanted == 0 || wanted > UINT32_MAX / 2)
+        return choir_fail(CHOIR_E_INVALID,
+                          "%llu bytes for KV pages, one page of %d tokens has %zu bytes",
+                          (unsigned long long)e->options.kv_bytes, CHOIR_PAGE_TOKENS,
+                          e->page_bytes);
+    e->n_pages = (uint32_t)wanted;
+    e->kv_bytes = (size_t)wanted * e->page_bytes;
+    e->kv = choir_alloc_pages(CHOIR_MEM_KV, e->kv_bytes);
+    if (e->kv == NULL)
+        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for %u KV pages (%zu bytes)", e->n_pages,
+                          e->kv_bytes);
+    return CHOIR_OK;
+}

@@ -1,0 +1,121 @@
+/* The path of a token, read aloud. Every worker runs this together; each phase does the worker's share
+ * and ends with a meeting (choir_workers_sync), so that the next phase finds everything in place.
+ *
+ *   x = embed(token)
+ *   for each layer:
+ *       x += Wo attention(rope(Wq norm(x)), KV)      engine/attention.c
+ *       x += experts(norm(x))                        engine/moe.c
+ *   logits = head(norm(x)); sample                   engine/head.c
+ */
+#include "engine/state.h"
+
+#include <math.h>
+
+static void embed(choir_engine *e, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    uint64_t begin, end;
+    choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
+    uint32_t half = e->config.rope.rotary_dims / 2;
+    for (uint64_t i = begin; i < end; i++) {
+        choir_matrix_row(&e->embedding, s->rows[i].token, s->x + i * e->config.hidden);
+        for (uint32_t d = 0; d < half; d++) {
+            float angle = (float)s->rows[i].position * e->inv_freq[d];
+            s->cos[i * half + d] = cosf(angle);
+            s->sin[i * half + d] = sinf(angle);
+        }
+    }
+    choir_workers_sync(e->workers);
+}
+
+static void run_token_path(void *arg, uint32_t worker, uint32_t n_workers)
+{
+    choir_engine *e = arg;
+    embed(e, worker, n_workers);
+    for (uint32_t l = 0; l < e->config.n_layers; l++) {
+        choir_phase_attention(e, l, worker, n_workers);
+        choir_phase_ffn(e, l, worker, n_workers);
+    }
+    choir_phase_head(e, worker, n_workers);
+}
+
+static choir_status check_span(const choir_engine *e, const choir_span *span)
+{
+    uint64_t end = (uint64_t)span->position + span->n_tokens;
+    if (span->n_tokens == 0) return choir_fail(CHOIR_E_INVALID, "a span without tokens");
+    if (end > e->config.max_positions)
+        return choir_fail(CHOIR_E_INVALID, "position %llu is beyond the model's %u",
+                          (unsigned long long)end - 1, e->config.max_positions);
+    if (end > (uint64_t)span->n_pages * CHOIR_PAGE_TOKENS)
+        return choir_fail(CHOIR_E_INVALID, "%u KV pages do not hold %llu tokens", span->n_pages,
+                          (unsigned long long)end);
+    if (span->n_logits > span->n_tokens || (span->sampler != NULL && span->n_logits == 0))
+        return choir_fail(CHOIR_E_INVALID, "%u logits of %u tokens", span->n_logits,
+                          span->n_tokens);
+    for (uint32_t i = 0; i < span->n_pages; i++)
+        if (span->pages[i] >= e->n_pages)
+            return choir_fail(CHOIR_E_INVALID, "KV page %u of %u", span->pages[i], e->n_pages);
+    for (uint32_t i = 0; i < span->n_tokens; i++)
+        if (span->tokens[i] >= e->config.vocab)
+            return choir_fail(CHOIR_E_INVALID, "token %u, the vocabulary has %u", span->tokens[i],
+                              e->config.vocab);
+    for (uint32_t i = 0; span->targets != NULL && i < span->n_logits; i++)
+        if (span->targets[i] >= e->config.vocab)
+            return choir_fail(CHOIR_E_INVALID, "target %u, the vocabulary has %u", span->targets[i],
+                              e->config.vocab);
+    return CHOIR_OK;
+}
+
+static void add_attention_items(choir_engine *e, uint32_t span_index)
+{
+    step *s = &e->step;
+    const choir_span *span = &s->spans[span_index];
+    /* Cut at fixed distances from the span's start; a query's result does not depend on the cut. */
+    for (uint32_t at = 0; at < span->n_tokens; at += CHOIR_ATTENTION_QUERIES) {
+        uint32_t left = span->n_tokens - at;
+        uint32_t n = left < CHOIR_ATTENTION_QUERIES ? left : CHOIR_ATTENTION_QUERIES;
+        for (uint32_t head = 0; head < e->config.n_kv_heads; head++)
+            s->items[s->n_items++] =
+                (attention_item){span_index, s->first_row[span_index] + at, n, head};
+    }
+}
+
+/* Lays the spans' tokens out as rows and lists the step's attention items and output rows. */
+static choir_status lay_out(choir_engine *e, choir_span *spans, uint32_t n_spans)
+{
+    step *s = &e->step;
+    s->spans = spans;
+    s->n_spans = n_spans;
+    s->n_rows = s->n_outputs = s->n_items = 0;
+    atomic_store_explicit(&s->next_item, 0, memory_order_relaxed);
+    if (n_spans > e->options.max_spans)
+        return choir_fail(CHOIR_E_INVALID, "%u spans in a step of at most %u", n_spans,
+                          e->options.max_spans);
+    for (uint32_t i = 0; i < n_spans; i++) {
+        choir_span *span = &spans[i];
+        CHOIR_TRY(check_span(e, span));
+        if (span->n_tokens > e->options.max_rows - s->n_rows)
+            return choir_fail(CHOIR_E_INVALID, "more than %u tokens in a step",
+                              e->options.max_rows);
+        span->status = CHOIR_OK;
+        s->first_row[i] = s->n_rows;
+        for (uint32_t t = 0; t < span->n_tokens; t++) {
+            if (t + span->n_logits >= span->n_tokens) s->outputs[s->n_outputs++] = s->n_rows;
+            s->rows[s->n_rows++] = (row){i, span->tokens[t], span->position + t};
+        }
+        add_attention_items(e, i);
+    }
+    return CHOIR_OK;
+}
+
+choir_status choir_engine_step(choir_engine *engine, choir_span *spans, uint32_t n_spans)
+{
+    CHOIR_TRY(lay_out(engine, spans, n_spans));
+    step *s = &engine->step;
+    if (s->n_rows > 0) choir_workers_run(engine->workers, run_token_path, engine);
+    for (uint32_t i = 0; i < s->n_outputs; i++)
+        if (s->output_status[i] != CHOIR_OK)
+            spans[s->rows[s->outputs[i]].span].status = s->output_status[i];
+    atomic_fetch_add_explicit(&engine->n_steps, 1, memory_order_release);
+    return CHOIR_OK;
+}
