@@ -1,0 +1,273 @@
+/* The reference: every kernel in plain C, in the order of operations that all levels keep. Slow on
+ * purpose; it is what the others are checked against. */
+#include "engine/kernels/cpu/levels.h"
+
+#include <float.h>
+#include <math.h>
+
+/* -- exponentials
+ * ---------------------------------------------------------------------------------- */
+
+static float clamp(float x, float min, float max) /* NaN stays NaN */
+{
+    if (x < min) return min;
+    return x > max ? max : x;
+}
+
+/* 2^(n + f), |f| <= 0.5 */
+static float scaled_exp2(float n, float f)
+{
+    float p = EXP2_C5;
+    p = fmaf(p, f, EXP2_C4);
+    p = fmaf(p, f, EXP2_C3);
+    p = fmaf(p, f, EXP2_C2);
+    p = fmaf(p, f, EXP2_C1);
+    p = fmaf(p, f, EXP2_C0);
+    p = fmaf(p, f, 1.0F);
+    if (isnan(p)) return p;
+    return bits_to_f32(f32_to_bits(p) + ((uint32_t)(int32_t)n << 23));
+}
+
+float choir_reference_exp2(float x)
+{
+    x = clamp(x, EXP2_MIN, EXP2_MAX);
+    float n = rintf(x);
+    return scaled_exp2(n, x - n);
+}
+
+/* e^x: the product with log2(e) is kept to twice the precision, or large |x| would lose digits. */
+static float exp_e(float x)
+{
+    x = clamp(x, EXP_MIN, EXP_MAX);
+    float n = rintf(x * LOG2E_HIGH);
+    return scaled_exp2(n, fmaf(x, LOG2E_LOW, fmaf(x, LOG2E_HIGH, -n)));
+}
+
+static float fold(float *sum)
+{
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) sum[i] += sum[i + n];
+    return sum[0];
+}
+
+/* -- quantisation
+ * ---------------------------------------------------------------------------------- */
+
+/* The largest |x| by its bits, so that Inf and NaN come out on top. */
+static float largest(const float *x, uint32_t n)
+{
+    uint32_t max = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t bits = f32_to_bits(x[i]) & 0x7fffffff;
+        if (bits > max) max = bits;
+    }
+    return bits_to_f32(max);
+}
+
+static float quantize_block(const float *x, uint32_t n, int8_t *codes)
+{
+    float max = largest(x, n);
+    bool finite = max <= FLT_MAX, zero = max < QUANT_MIN;
+    float inverse = finite && !zero ? 127.0F / max : 0;
+    for (uint32_t i = 0; i < BLOCK; i++)
+        codes[i] = (int8_t)(i < n && inverse != 0 ? rintf(x[i] * inverse) : 0);
+    if (!finite) return NAN; /* the outputs must show it */
+    return zero ? 0 : max / 127.0F;
+}
+
+static void quantize(const float *x, uint32_t cols, void *q8, uint32_t begin, uint32_t end)
+{
+    static const uint8_t order[4] = {0, 2, 1, 3};
+    acts_layout l = choir_acts_layout(cols);
+    for (uint32_t i = begin; i < end; i++) {
+        uint8_t *row = (uint8_t *)q8 + i * l.row_bytes;
+        int16_t *words = (int16_t *)(row + l.words_at);
+        float *d = (float *)(row + l.d_at), *s = (float *)(row + l.s_at);
+        int32_t *sums = (int32_t *)(row + l.sums_at);
+        for (uint32_t b = 0; b < l.n_blocks; b++) {
+            int8_t *codes = (int8_t *)row + b * BLOCK;
+            uint32_t left = cols - b * BLOCK;
+            d[b] = quantize_block(x + (size_t)i * cols + b * BLOCK, left < BLOCK ? left : BLOCK,
+                                  codes);
+            sums[2 * b] = sums[2 * b + 1] = 0;
+            for (uint32_t k = 0; k < BLOCK; k++) {
+                sums[2 * b + k / 16] += codes[k];
+                words[b * BLOCK + k] = codes[k / 4 * 4 + order[k % 4]];
+            }
+            s[b] = d[b] * (float)(sums[2 * b] + sums[2 * b + 1]);
+        }
+    }
+}
+
+/* -- matmul
+ * ---------------------------------------------------------------------------------------- */
+
+static float scale_of(const quant_layout *l, const uint8_t *block, uint32_t i)
+{
+    float value;
+    if (!l->f32) return f16_to_f32(load_u16(block + i * 2));
+    memcpy(&value, block + i * 4, 4);
+    return value;
+}
+
+static int32_t code_of(bool w4, const uint8_t *codes, uint32_t r, uint32_t k)
+{
+    uint32_t group = k / 4, at = r * 4 + k % 4;
+    return w4 ? codes[group / 2 * 64 + at] >> (group % 2 * 4) & 15 : codes[group * 64 + at];
+}
+
+static float quantised_dot(const choir_matrix *w, const quant_layout *l, const uint8_t *strip,
+                           uint32_t r, const uint8_t *row)
+{
+    acts_layout a = choir_acts_layout(w->cols);
+    const float *d = (const float *)(row + a.d_at), *s = (const float *)(row + a.s_at);
+    const int32_t *sums = (const int32_t *)(row + a.sums_at);
+    uint32_t n = BLOCK / l->n_groups;
+    float y = 0;
+    for (uint32_t b = 0; b < l->n_blocks; b++) {
+        const uint8_t *scales = strip + (size_t)b * l->scale_bytes;
+        const uint8_t *codes = strip + l->codes_at + (size_t)b * l->code_bytes;
+        for (uint32_t g = 0; g < l->n_groups; g++) {
+            int32_t sum = 0;
+            for (uint32_t k = g * n; k < (g + 1) * n; k++)
+                sum += code_of(w->layout == CHOIR_LAYOUT_W4, codes, r, k) *
+                       ((const int8_t *)row)[b * BLOCK + k];
+            int32_t code_sum = l->n_groups == 2 ? sums[2 * b + g] : sums[2 * b] + sums[2 * b + 1];
+            if (!l->min) sum -= code_sum * (1 << l->zero_log2);
+            y = fmaf((float)sum, scale_of(l, scales, g * STRIP + r) * d[b], y);
+        }
+        if (l->min) y = fmaf(scale_of(l, scales, l->n_groups * STRIP + r), s[b], y);
+    }
+    return y;
+}
+
+static void quantised_matmul(const choir_matrix *w, const choir_acts *acts, float *y, size_t ldy,
+                             uint32_t begin, uint32_t end)
+{
+    quant_layout l = choir_quant_layout(w);
+    size_t row_bytes = choir_acts_layout(w->cols).row_bytes;
+    CHOIR_ASSERT(acts->q8 != NULL);
+    for (uint32_t r = begin; r < end; r++) {
+        const uint8_t *strip = (const uint8_t *)w->data + r / STRIP * l.strip_bytes;
+        for (size_t i = 0; i < acts->n_rows; i++)
+            y[i * ldy + r] =
+                quantised_dot(w, &l, strip, r % STRIP, (const uint8_t *)acts->q8 + i * row_bytes);
+    }
+}
+
+/* Elements [k, k + n) of output row r as f32; `out` is [n]. */
+static void float_weights(const choir_matrix *w, uint32_t r, uint32_t k, uint32_t n, float *out)
+{
+    const uint8_t *data = w->data;
+    if (w->layout == CHOIR_LAYOUT_EXACT) {
+        data += r * choir_dtype_row_bytes(w->dtype, w->cols);
+        choir_dequantize(w->dtype, data, k, k + n, out);
+        return;
+    }
+    size_t size = w->layout == CHOIR_LAYOUT_F32 ? 4 : 2;
+    data += r / STRIP * choir_float_strip_bytes(w);
+    for (size_t i = 0; i < n; i++)
+        choir_dequantize(w->dtype, data + ((k + i) * STRIP + r % STRIP) * size, 0, 1, out + i);
+}
+
+static void float_matmul(const choir_matrix *w, const choir_acts *acts, float *y, size_t ldy,
+                         uint32_t begin, uint32_t end)
+{
+    float weights[FLOAT_CHUNK];
+    for (uint32_t r = begin; r < end; r++)
+        for (uint32_t k = 0; k < w->cols; k += FLOAT_CHUNK) {
+            uint32_t n = w->cols - k < FLOAT_CHUNK ? w->cols - k : FLOAT_CHUNK;
+            float_weights(w, r, k, n, weights);
+            for (size_t i = 0; i < acts->n_rows; i++) {
+                const float *x = acts->x + i * acts->cols + k;
+                float sum = 0;
+                for (uint32_t j = 0; j < n; j++) sum = fmaf(weights[j], x[j], sum);
+                y[i * ldy + r] = k == 0 ? sum : y[i * ldy + r] + sum;
+            }
+        }
+}
+
+static void matmul(const choir_matrix *w, const choir_acts *acts, float *restrict y, size_t ldy,
+                   uint32_t begin, uint32_t end)
+{
+    if (w->layout == CHOIR_LAYOUT_W4 || w->layout == CHOIR_LAYOUT_W8)
+        quantised_matmul(w, acts, y, ldy, begin, end);
+    else
+        float_matmul(w, acts, y, ldy, begin, end);
+}
+
+/* -- rows
+ * ------------------------------------------------------------------------------------------ */
+
+static void rms_norm(const float *x, const float *weight, float eps, uint32_t n, float *out)
+{
+    float sum[LANES] = {0};
+    for (uint32_t i = 0; i < n; i++) sum[i % LANES] = fmaf(x[i], x[i], sum[i % LANES]);
+    float scale = 1.0F / sqrtf(fold(sum) / (float)n + eps);
+    for (uint32_t i = 0; i < n; i++) out[i] = x[i] * scale * (weight != NULL ? weight[i] : 1.0F);
+}
+
+static void rope(float *x, uint32_t rotary_dims, bool interleaved, const float *cos,
+                 const float *sin)
+{
+    uint32_t half = rotary_dims / 2;
+    for (uint32_t i = 0; i < half; i++) {
+        float *a = x + (interleaved ? 2 * i : i), *b = interleaved ? a + 1 : a + half;
+        float a0 = *a, b0 = *b;
+        *a = fmaf(a0, cos[i], -(b0 * sin[i]));
+        *b = fmaf(b0, cos[i], a0 * sin[i]);
+    }
+}
+
+static void silu_mul(const float *gate, const float *up, uint32_t n, float *out)
+{
+    for (uint32_t i = 0; i < n; i++) out[i] = gate[i] / (1.0F + exp_e(-gate[i])) * up[i];
+}
+
+static void add(float *x, const float *y, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) x[i] += y[i];
+}
+
+static void add_scaled(float *x, const float *y, float scale, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) x[i] = fmaf(scale, y[i], x[i]);
+}
+
+static void f32_to_f16_row(const float *x, uint32_t n, uint16_t *out)
+{
+    for (uint32_t i = 0; i < n; i++) out[i] = f32_to_f16(x[i]);
+}
+
+static float max_of_row(const float *x, uint32_t n)
+{
+    float max = -INFINITY;
+    for (uint32_t i = 0; i < n; i++)
+        if (x[i] > max) max = x[i];
+    return max;
+}
+
+static double sum_exp(const float *x, float max, uint32_t n)
+{
+    double sum[LANES] = {0};
+    for (uint32_t i = 0; i < n; i++) sum[i % LANES] += (double)exp_e(x[i] - max);
+    for (int k = LANES / 2; k > 0; k /= 2)
+        for (int i = 0; i < k; i++) sum[i] += sum[i + k];
+    return sum[0];
+}
+
+const choir_kernels choir_kernels_reference = {
+    .level = CHOIR_CPU_REFERENCE,
+    .name = "reference",
+    .quantize = quantize,
+    .matmul = matmul,
+    .rms_norm = rms_norm,
+    .rope = rope,
+    .silu_mul = silu_mul,
+    .add = add,
+    .add_scaled = add_scaled,
+    .f32_to_f16 = f32_to_f16_row,
+    .attention = choir_reference_attention,
+    .max = max_of_row,
+    .sum_exp = sum_exp,
+};

@@ -1,0 +1,60 @@
+/* The one place that asks what the CPU can do. */
+#include "engine/kernels/cpu/levels.h"
+
+static const choir_kernels *const tables[CHOIR_CPU_N_LEVELS] = {
+    [CHOIR_CPU_REFERENCE] = &choir_kernels_reference,
+#ifdef CHOIR_HAVE_X86_LEVELS
+    [CHOIR_CPU_AVX2] = &choir_kernels_avx2,
+    [CHOIR_CPU_AVX512VNNI] = &choir_kernels_avx512,
+#endif
+};
+
+/* __builtin_cpu_supports also asks whether the system saves the wide registers (XGETBV). */
+static bool has_level(choir_cpu_level level)
+{
+    if (level == CHOIR_CPU_REFERENCE) return true;
+#ifdef CHOIR_HAVE_X86_LEVELS
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                __builtin_cpu_supports("f16c");
+    if (level == CHOIR_CPU_AVX2) return avx2;
+    if (level == CHOIR_CPU_AVX512VNNI)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#endif
+    return false;
+}
+
+const choir_kernels *choir_kernels_at(choir_cpu_level level)
+{
+    if ((uint32_t)level >= CHOIR_CPU_N_LEVELS || !has_level(level)) return NULL;
+    return tables[level];
+}
+
+choir_cpu_level choir_cpu_best_level(void)
+{
+    uint32_t level = CHOIR_CPU_N_LEVELS - 1;
+    while (choir_kernels_at((choir_cpu_level)level) == NULL) level--;
+    return (choir_cpu_level)level;
+}
+
+bool choir_cpu_level_parse(const char *text, choir_cpu_level *out)
+{
+    static const char *const names[CHOIR_CPU_N_LEVELS] = {"reference", "avx2", "avx512vnni"};
+    for (uint32_t i = 0; i < CHOIR_CPU_N_LEVELS; i++)
+        if (strcmp(text, names[i]) == 0) {
+            *out = (choir_cpu_level)i;
+            return true;
+        }
+    return false;
+}
+
+/* One chunk of K (transposed) and V as f32, the scores of a few rows, and the running sums of all
+ * rows that are worked on together. */
+size_t choir_attention_scratch_floats(uint32_t n_heads, uint32_t head_dim, uint32_t page_tokens)
+{
+    (void)page_tokens;
+    size_t heads = n_heads < HEAD_GROUP ? n_heads : HEAD_GROUP;
+    size_t rows = heads * CHOIR_ATTENTION_QUERIES,
+           dims = ((size_t)head_dim + LANES - 1) / LANES * LANES;
+    return 2 * KEY_CHUNK * dims + KEY_CHUNK * LANES + rows * (dims + 2);
+}
