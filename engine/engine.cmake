@@ -1,4 +1,4 @@
-if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/families/families.h)
+if(TARGET choir_tokenizer AND TARGET choir_sampler)
     choir_library(engine
         SOURCES attention.c engine.c head.c load.c moe.c multiply.c scratch.c token_path.c
         LINKS choir_base choir_kernels choir_model_file choir_tokenizer choir_chat_template
