@@ -296,6 +296,8 @@ static choir_status exec_call_block(template_render *r, const template_node *nod
     arguments.named = named;
     call.arguments = &arguments;
     CHOIR_TRY(template_eval(r, &call, &v));
+    if (v.type != TEMPLATE_STRING)
+        return template_error(r, "{%% call %%} got a '%s' and not text", template_type_name(v));
     return template_text_str(r->out, v);
 }
 

@@ -355,10 +355,12 @@ static choir_status parse_digits(template_render *r, const char **p, const char 
 static choir_status parse_spec(template_render *r, const char *p, const char *end, spec *s)
 {
     *s = (spec){.fill = ' ', .precision = -1};
+    bool filled = false;
     uint32_t code;
     if (p < end) {
         size_t n = template_utf8_decode(p, (size_t)(end - p), &code);
         if (p + n < end && is_align((unsigned char)p[n])) {
+            filled = true;
             s->fill = code;
             s->align = p[n];
             p += n + 1;
@@ -370,10 +372,8 @@ static choir_status parse_spec(template_render *r, const char *p, const char *en
     if (p < end && *p == '#') s->alternate = *p++ == '#';
     if (p < end && *p == '0') {
         p++;
-        if (s->align == 0) {
-            s->fill = '0';
-            s->align = '=';
-        }
+        if (!filled) s->fill = '0';
+        if (s->align == 0) s->align = '=';
     }
     CHOIR_TRY(parse_digits(r, &p, end, &s->width));
     if (p < end && (*p == ',' || *p == '_')) s->grouping = *p++;
@@ -402,16 +402,12 @@ static choir_status format_value(template_text *t, template_value v, const char 
         if (zero) s.align = '<';
         return format_string(t, &s, v.s);
     }
-    if (v.type == TEMPLATE_BOOL && s.type == 0) {
-        CHOIR_TRY(template_to_string(r, v, &string));
-        return format_string(t, &s, string);
-    }
     if (!template_is_number(v))
         return template_error(r, "a '%s' takes no format specifier", template_type_name(v));
     bool as_float = v.type == TEMPLATE_FLOAT;
     if (s.type != 0 && strchr("eEfFgGn%", s.type) != NULL) as_float = true;
     double f = v.type == TEMPLATE_FLOAT ? v.f : v.type == TEMPLATE_INT ? (double)v.i : v.b;
-    int64_t i = v.type == TEMPLATE_INT ? v.i : v.b;
+    int64_t i = v.type == TEMPLATE_INT ? v.i : v.type == TEMPLATE_BOOL ? v.b : 0;
     if (s.type != 0 &&
         strchr(v.type == TEMPLATE_FLOAT ? "eEfFgGn%" : "bcdoxXneEfFgG%", s.type) == NULL)
         return template_error(r, "unknown format code '%c' for a '%s'", s.type,

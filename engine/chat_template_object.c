@@ -273,7 +273,7 @@ static choir_status macro_attribute(template_render *r, template_value object,
     for (size_t i = 0; i < node->signature->n; i++)
         list->items[i] = TEMPLATE_VALUE(STRING, s, node->signature->names[i]);
     list->n = node->signature->n;
-    *out = TEMPLATE_VALUE(LIST, list, list);
+    *out = TEMPLATE_VALUE(TUPLE, list, list);
     return CHOIR_OK;
 }
 

@@ -499,24 +499,26 @@ FILTER(filter_sum)
 
 FILTER(filter_batch)
 {
-    template_list *list, *rows, *row = NULL;
+    template_list *list, *rows, *row;
     int64_t size = 0;
     (void)all;
     CHOIR_TRY(template_want_int(r, slots[1], "batch's size", &size));
     CHOIR_TRY(template_to_list(r, slots[0], &list));
     CHOIR_TRY(template_list_make(r, 0, &rows));
+    CHOIR_TRY(template_list_make(r, 0, &row));
     for (size_t i = 0; i < list->n; i++) {
-        if (row == NULL || (int64_t)row->n == size) {
-            CHOIR_TRY(template_list_make(r, 0, &row));
+        if ((int64_t)row->n == size) {
             CHOIR_TRY(template_list_push(r, rows, list_value(row)));
+            CHOIR_TRY(template_list_make(r, 0, &row));
         }
         CHOIR_TRY(template_list_push(r, row, list->items[i]));
     }
     bool fill = template_given(slots[2]) && slots[2].type != TEMPLATE_NONE;
-    while (fill && row != NULL && (int64_t)row->n < size) {
+    while (fill && row->n > 0 && (int64_t)row->n < size) {
         CHOIR_TRY(template_charge(r, 1));
         CHOIR_TRY(template_list_push(r, row, slots[2]));
     }
+    if (row->n > 0) CHOIR_TRY(template_list_push(r, rows, list_value(row)));
     return generator(r, rows, out);
 }
 

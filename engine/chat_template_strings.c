@@ -255,11 +255,7 @@ static choir_status split_spaces(template_render *r, const template_string *s, i
         while (p < end && (n = space_here(p, end)) > 0) p += n;
         if (p == end) return CHOIR_OK;
         const char *from = p;
-        if (max >= 0 && (int64_t)list->n == max) {
-            const char *to = end;
-            for (const char *q; to > from && space_here(q = previous(from, to), to) > 0;) to = q;
-            return push_view(r, list, from, to);
-        }
+        if (max >= 0 && (int64_t)list->n == max) return push_view(r, list, from, end);
         while (p < end && space_here(p, end) == 0) {
             p++;
             while (p < end && ((unsigned char)*p & 0xc0) == 0x80) p++;
@@ -276,11 +272,7 @@ static choir_status rsplit_spaces(template_render *r, const template_string *s, 
         while (p > begin && space_here(q = previous(begin, p), p) > 0) p = q;
         if (p == begin) return CHOIR_OK;
         const char *to = p;
-        if (max >= 0 && (int64_t)list->n == max) {
-            size_t n;
-            while (begin < to && (n = space_here(begin, to)) > 0) begin += n;
-            return push_view(r, list, begin, to);
-        }
+        if (max >= 0 && (int64_t)list->n == max) return push_view(r, list, begin, to);
         while (p > begin && space_here(q = previous(begin, p), p) == 0) p = q;
         CHOIR_TRY(push_view(r, list, p, to));
     }

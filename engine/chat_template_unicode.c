@@ -107,6 +107,7 @@ static const struct special { uint32_t code; const char *upper, *title, *fold; }
     {0x1e98, "W\u030a", "W\u030a", "w\u030a"},
     {0x1e99, "Y\u030a", "Y\u030a", "y\u030a"},
     {0x1e9a, "A\u02be", "A\u02be", "a\u02be"},
+    {0x1e9e, "\u1e9e", "\u1e9e", "ss"},
     {0xfb00, "FF", "Ff", "ff"},
     {0xfb01, "FI", "Fi", "fi"},
     {0xfb02, "FL", "Fl", "fl"},

@@ -409,15 +409,20 @@ bool template_truth(template_value v)
     }
 }
 
-/* Exact also between an integer and a float: long double holds both. */
+/* long double holds every integer and every float. */
+static long double wide(template_value v)
+{
+    if (v.type == TEMPLATE_FLOAT) return v.f;
+    return v.type == TEMPLATE_BOOL ? (long double)v.b : (long double)v.i;
+}
+
 static int compare_numbers(template_value a, template_value b)
 {
     if (a.type != TEMPLATE_FLOAT && b.type != TEMPLATE_FLOAT) {
         int64_t x = a.type == TEMPLATE_BOOL ? a.b : a.i, y = b.type == TEMPLATE_BOOL ? b.b : b.i;
         return x < y ? -1 : x > y;
     }
-    long double x = a.type == TEMPLATE_FLOAT ? a.f : a.type == TEMPLATE_BOOL ? a.b : a.i;
-    long double y = b.type == TEMPLATE_FLOAT ? b.f : b.type == TEMPLATE_BOOL ? b.b : b.i;
+    long double x = wide(a), y = wide(b);
     return x < y ? -1 : x > y ? 1 : x == y ? 0 : 2;
 }
 
