@@ -3,9 +3,9 @@
 
 static const choir_kernels *const tables[CHOIR_CPU_N_LEVELS] = {
     [CHOIR_CPU_REFERENCE] = &choir_kernels_reference,
-#ifdef CHOIR_HAVE_X86_LEVELS
+#ifdef __x86_64__
     [CHOIR_CPU_AVX2] = &choir_kernels_avx2,
-    [CHOIR_CPU_AVX512VNNI] = &choir_kernels_avx512,
+    [CHOIR_CPU_AVX512VNNI] = NULL,
 #endif
 };
 
@@ -13,7 +13,7 @@ static const choir_kernels *const tables[CHOIR_CPU_N_LEVELS] = {
 static bool has_level(choir_cpu_level level)
 {
     if (level == CHOIR_CPU_REFERENCE) return true;
-#ifdef CHOIR_HAVE_X86_LEVELS
+#ifdef __x86_64__
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                 __builtin_cpu_supports("f16c");
     if (level == CHOIR_CPU_AVX2) return avx2;

@@ -1,0 +1,32 @@
+/* The AVX2 level (with FMA and F16C). */
+#include "engine/kernels/cpu/avx2.h"
+#include "engine/kernels/cpu/wide_avx2.h"
+/* wide_*.h need the vocabulary above. */
+#include "engine/kernels/cpu/wide_attention.h"
+#include "engine/kernels/cpu/wide_matmul.h"
+#include "engine/kernels/cpu/wide_rows.h"
+
+static void matmul(const choir_matrix *w, const choir_acts *acts, float *restrict y, size_t ldy,
+                   uint32_t begin, uint32_t end)
+{
+    if (w->layout == CHOIR_LAYOUT_W4 || w->layout == CHOIR_LAYOUT_W8)
+        choir_avx2_quant_matmul(w, acts, y, ldy, begin, end);
+    else
+        float_matmul(w, acts, y, ldy, begin, end);
+}
+
+const choir_kernels choir_kernels_avx2 = {
+    .level = CHOIR_CPU_AVX2,
+    .name = "avx2",
+    .quantize = quantize,
+    .matmul = matmul,
+    .rms_norm = rms_norm,
+    .rope = rope,
+    .silu_mul = silu_mul,
+    .add = add,
+    .add_scaled = add_scaled,
+    .f32_to_f16 = f32_to_f16_row,
+    .attention = attention,
+    .max = max_of_row,
+    .sum_exp = sum_exp,
+};
