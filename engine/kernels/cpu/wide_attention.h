@@ -5,6 +5,7 @@
  * Slots outside [0, position + n_queries) are never read. Included once by each level's source,
  * after wide_rows.h. NEXT    reference_attention.c says the same in plain C. */
 #pragma once
+#include "engine/kernels/cpu/wide_rows.h"
 
 enum { ROW_TILE = 4 };
 
