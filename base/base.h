@@ -10,5 +10,6 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "base/memory.h"
+#include "base/options.h"
 #include "base/progress.h"
 #include "base/workers.h"
