@@ -432,6 +432,7 @@ void choir_model_file_close(choir_model_file *f)
     choir_free(f);
 }
 
+const char *choir_model_config_family(const choir_model_config *c) { return c->family->name; }
 const choir_model_config *choir_model_file_config(const choir_model_file *f) { return &f->config; }
 const char *choir_model_file_path(const choir_model_file *f) { return f->path; }
 const choir_gguf *choir_model_file_gguf(const choir_model_file *f) { return f->gguf; }

@@ -82,6 +82,8 @@ typedef struct choir_model_config {
     char licence[64]; /* "" when the file does not say */
 } choir_model_config;
 
+const char *choir_model_config_family(const choir_model_config *config); /* "mixtral" */
+
 typedef struct choir_model_file choir_model_file;
 typedef struct choir_gguf choir_gguf; /* engine/gguf.h, for the tokenizer's metadata */
 

@@ -1,0 +1,236 @@
+/* Prefill and decode in tokens/s, beside what the machine's memory gives in the same run. */
+#include "cli/cli.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct values {
+    choir_cli_engine_values engine;
+    uint64_t prompt, generate;
+    const char *batch;
+    bool json;
+} values;
+static const values defaults = {.prompt = 512, .generate = 128, .batch = "1,8,32"};
+static const choir_option options[] = {
+    {"prompt", 0, CHOIR_OPTION_COUNT, offsetof(values, prompt), "N", "tokens of the prompt", 1, 65536},
+    {"generate", 0, CHOIR_OPTION_COUNT, offsetof(values, generate), "N", "tokens decoded", 1, 65536},
+    {"batch", 0, CHOIR_OPTION_TEXT, offsetof(values, batch), "1,8,32", "sequences at once", 0, 0},
+    {"json", 0, CHOIR_OPTION_FLAG, offsetof(values, json), NULL, "one JSON object", 0, 0},
+    CHOIR_CLI_ENGINE_OPTIONS(values, engine),
+};
+
+enum { MAX_BATCHES = 16, MAX_BATCH = 256, STEP_ROWS = 512 };
+
+typedef struct result {
+    uint32_t batch;
+    double prefill_tokens_per_s, decode_tokens_per_s;
+} result;
+
+static choir_status parse_batches(const char *text, uint32_t *batches, uint32_t *n)
+{
+    *n = 0;
+    for (const char *p = text; *p != '\0';) {
+        char *end;
+        unsigned long b = strtoul(p, &end, 10);
+        if (end == p || b < 1 || b > MAX_BATCH || *n == MAX_BATCHES || (*end != ',' && *end != '\0'))
+            return choir_fail(CHOIR_E_INVALID, "--batch is '%.40s', must be up to %d numbers from 1 to %d",
+                              text, MAX_BATCHES, MAX_BATCH);
+        batches[(*n)++] = (uint32_t)b;
+        p = *end == ',' ? end + 1 : end;
+    }
+    return *n > 0 ? CHOIR_OK : choir_fail(CHOIR_E_INVALID, "--batch is empty");
+}
+
+/* Memory read bandwidth of all workers together, bytes/s: the ceiling of decoding one sequence. */
+typedef struct reading {
+    const uint64_t *data;
+    size_t n;
+    _Atomic uint64_t sum;
+} reading;
+
+static void read_share(void *arg, uint32_t worker, uint32_t n_workers)
+{
+    reading *r = arg;
+    uint64_t begin, end, s[8] = {0};
+    choir_share(r->n, 8, worker, n_workers, &begin, &end);
+    for (uint64_t i = begin; i + 8 <= end; i += 8)
+        for (int j = 0; j < 8; j++) s[j] ^= r->data[i + (uint64_t)j];
+    r->sum += s[0] ^ s[1] ^ s[2] ^ s[3] ^ s[4] ^ s[5] ^ s[6] ^ s[7];
+}
+
+static choir_status measure_bandwidth(uint32_t n_threads, double *bytes_per_s)
+{
+    size_t bytes = (size_t)128 << 20;
+    choir_workers *workers;
+    CHOIR_TRY(choir_workers_create(n_threads, &workers));
+    reading r = {.data = choir_alloc_pages(CHOIR_MEM_SCRATCH, bytes), .n = bytes / 8};
+    *bytes_per_s = 0;
+    if (r.data != NULL) {
+        memset((void *)r.data, 1, bytes);
+        for (int i = 0; i < 5; i++) {
+            uint64_t start = choir_clock_now();
+            choir_workers_run(workers, read_share, &r);
+            double rate = (double)bytes / ((double)(choir_clock_now() - start) / 1e9);
+            if (rate > *bytes_per_s) *bytes_per_s = rate;
+        }
+        choir_free_pages(CHOIR_MEM_SCRATCH, (void *)r.data, bytes);
+    }
+    choir_workers_destroy(workers);
+    return CHOIR_OK;
+}
+
+typedef struct bench {
+    choir_engine *engine;
+    uint32_t prompt, generate, pages_per_sequence, *pages, *tokens;
+    choir_span *spans;
+} bench;
+
+/* The prompts of all sequences, one after the other in chunks: tokens/s. */
+static choir_status prefill(bench *b, uint32_t batch, double *rate)
+{
+    uint64_t start = choir_clock_now();
+    for (uint32_t s = 0; s < batch; s++)
+        for (uint32_t at = 0; at < b->prompt; at += STEP_ROWS) {
+            uint32_t n = b->prompt - at < STEP_ROWS ? b->prompt - at : STEP_ROWS;
+            choir_span span = {.tokens = b->tokens + at,
+                               .n_tokens = n,
+                               .position = at,
+                               .pages = b->pages + (size_t)s * b->pages_per_sequence,
+                               .n_pages = b->pages_per_sequence,
+                               .n_logits = at + n == b->prompt};
+            CHOIR_TRY(choir_engine_step(b->engine, &span, 1));
+        }
+    *rate = (double)b->prompt * batch / ((double)(choir_clock_now() - start) / 1e9);
+    return CHOIR_OK;
+}
+
+static choir_status decode(bench *b, uint32_t batch, double *rate)
+{
+    uint64_t start = choir_clock_now();
+    for (uint32_t i = 0; i < b->generate; i++) {
+        for (uint32_t s = 0; s < batch; s++)
+            b->spans[s] = (choir_span){.tokens = b->tokens + i,
+                                       .n_tokens = 1,
+                                       .position = b->prompt + i,
+                                       .pages = b->pages + (size_t)s * b->pages_per_sequence,
+                                       .n_pages = b->pages_per_sequence,
+                                       .n_logits = 1};
+        CHOIR_TRY(choir_engine_step(b->engine, b->spans, batch));
+    }
+    *rate = (double)b->generate * batch / ((double)(choir_clock_now() - start) / 1e9);
+    return CHOIR_OK;
+}
+
+static choir_status open_bench(const values *v, const char *model, uint32_t largest, bench *b)
+{
+    choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
+    CHOIR_TRY(choir_cli_engine_options(&v->engine, &o));
+    o.max_rows = STEP_ROWS;
+    o.max_spans = MAX_BATCH;
+    b->prompt = (uint32_t)v->prompt;
+    b->generate = (uint32_t)v->generate;
+    uint32_t total = b->prompt + b->generate;
+    b->pages_per_sequence = (total + CHOIR_PAGE_TOKENS - 1) / CHOIR_PAGE_TOKENS;
+    char path[4096];
+    choir_model_file *file;
+    CHOIR_TRY(choir_cli_find_model(model, path, sizeof path));
+    CHOIR_TRY(choir_model_file_open(path, &file));
+    const choir_model_config *c = choir_model_file_config(file);
+    uint64_t page = (uint64_t)c->n_layers * 2 * c->n_kv_heads * c->head_dim * CHOIR_PAGE_TOKENS *
+                    (o.exact ? sizeof(float) : sizeof(uint16_t));
+    o.kv_bytes = page * b->pages_per_sequence * largest;
+    choir_model_file_close(file);
+    CHOIR_TRY(choir_engine_open(path, &o, &b->engine));
+    const choir_model_config *config = choir_engine_config(b->engine);
+    if (total > config->max_positions)
+        return choir_fail(CHOIR_E_INVALID, "--prompt and --generate make %u tokens, the context is %u",
+                          total, config->max_positions);
+    b->pages = choir_alloc(CHOIR_MEM_OTHER, (size_t)b->pages_per_sequence * largest * sizeof *b->pages);
+    b->tokens = choir_alloc(CHOIR_MEM_OTHER, total * sizeof *b->tokens);
+    b->spans = choir_alloc(CHOIR_MEM_OTHER, largest * sizeof *b->spans);
+    if (b->pages == NULL || b->tokens == NULL || b->spans == NULL)
+        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the bench");
+    for (uint32_t i = 0; i < b->pages_per_sequence * largest; i++) b->pages[i] = i;
+    for (uint32_t i = 0; i < total; i++) b->tokens[i] = (i * 7919 + 11) % config->vocab;
+    return CHOIR_OK;
+}
+
+/* What one decoding step of one sequence reads: the dense weights, and the chosen experts'. */
+static double bytes_per_token(const choir_engine *engine)
+{
+    const choir_model_config *c = choir_engine_config(engine);
+    choir_engine_sizes s = choir_engine_memory(engine);
+    double share = c->n_experts > 0 ? (double)c->n_experts_used / c->n_experts : 1;
+    return (double)s.weight_bytes + share * (double)s.expert_bytes;
+}
+
+static void print(const values *v, const bench *b, const result *r, uint32_t n, double bandwidth)
+{
+    double ceiling = bandwidth / bytes_per_token(b->engine);
+    const choir_kernels *k = choir_engine_kernels(b->engine);
+    if (!v->json) {
+        printf("%s, %u threads, %s kernels; memory reads %.1f GB/s, enough for %.0f tokens/s of one sequence\n",
+               choir_engine_config(b->engine)->name, choir_engine_n_threads(b->engine), k->name,
+               bandwidth / 1e9, ceiling);
+        for (uint32_t i = 0; i < n; i++)
+            printf("  batch %3u: prefill %7.1f tokens/s, decode %7.1f tokens/s\n", r[i].batch,
+                   r[i].prefill_tokens_per_s, r[i].decode_tokens_per_s);
+        return;
+    }
+    json_t *runs = json_array();
+    for (uint32_t i = 0; i < n; i++)
+        json_array_append_new(
+            runs, json_pack("{s:i, s:f, s:f, s:f}", "batch", (int)r[i].batch, "prefill_tokens_per_s",
+                            r[i].prefill_tokens_per_s, "decode_tokens_per_s", r[i].decode_tokens_per_s,
+                            "share_of_memory_peak",
+                            r[i].decode_tokens_per_s / r[i].batch / (ceiling > 0 ? ceiling : 1)));
+    json_t *o = json_pack("{s:s, s:i, s:s, s:f, s:o}", "model", choir_engine_config(b->engine)->name,
+                          "threads", (int)choir_engine_n_threads(b->engine), "kernels", k->name,
+                          "memory_bytes_per_s", bandwidth, "runs", runs);
+    json_dumpf(o, stdout, JSON_INDENT(1));
+    putchar('\n');
+    json_decref(o);
+}
+
+static choir_status run(void *verb_values, choir_arguments *arguments)
+{
+    const values *v = verb_values;
+    uint32_t batches[MAX_BATCHES], n, largest = 0;
+    result results[MAX_BATCHES];
+    double bandwidth, warm;
+    bench b = {0};
+    choir_status status;
+    CHOIR_TRY(parse_batches(v->batch, batches, &n));
+    for (uint32_t i = 0; i < n; i++)
+        if (batches[i] > largest) largest = batches[i];
+    CHOIR_TRY_TO(done, status, open_bench(v, arguments->positional[0], largest, &b));
+    CHOIR_TRY_TO(done, status, measure_bandwidth(choir_engine_n_threads(b.engine), &bandwidth));
+    CHOIR_TRY_TO(done, status, prefill(&b, 1, &warm));
+    for (uint32_t i = 0; i < n; i++) {
+        results[i].batch = batches[i];
+        CHOIR_TRY_TO(done, status, prefill(&b, batches[i], &results[i].prefill_tokens_per_s));
+        CHOIR_TRY_TO(done, status, decode(&b, batches[i], &results[i].decode_tokens_per_s));
+    }
+    print(v, &b, results, n, bandwidth);
+done:
+    choir_free(b.pages);
+    choir_free(b.tokens);
+    choir_free(b.spans);
+    choir_engine_close(b.engine);
+    return status;
+}
+
+const choir_verb choir_verb_bench = {
+    .name = "bench",
+    .arguments = "MODEL [--prompt 512] [--generate 128] [--batch 1,8,32] [--json]",
+    .summary = "tokens/s of prefill and decode, beside the machine's memory bandwidth",
+    .example = "choir bench SmolLM2-135M-Instruct.Q4_1 --batch 1,16",
+    .options = options,
+    .n_options = sizeof options / sizeof *options,
+    .defaults = &defaults,
+    .values_bytes = sizeof(values),
+    .min_positional = 1,
+    .max_positional = 1,
+    .run = run,
+};

@@ -1,0 +1,124 @@
+#include "cli/cli.h"
+
+#include <stdio.h>
+#include <string.h>
+
+typedef struct values {
+    bool json;
+} values;
+static const values defaults = {false};
+static const choir_option options[] = {
+    {"json", 0, CHOIR_OPTION_FLAG, offsetof(values, json), NULL, "one JSON object", 0, 0},
+};
+
+/* Bytes in memory once loaded: packed matrices as the kernels plan them. */
+static choir_status planned_bytes(const choir_model_file *f, uint64_t *dense, uint64_t *experts)
+{
+    static const uint8_t kinds[CHOIR_N_ROLES][2] = {
+#define X(role, layer, expert) {layer, expert},
+        CHOIR_ROLE_LIST(X)
+#undef X
+    };
+    const choir_model_config *c = choir_model_file_config(f);
+    for (uint32_t role = 0; role < CHOIR_N_ROLES; role++) {
+        if (role == CHOIR_ROLE_HEAD && c->tied_head) continue;
+        uint32_t n_experts = kinds[role][1] ? c->n_experts : 1;
+        for (uint32_t l = 0; l < (kinds[role][0] ? c->n_layers : 1); l++) {
+            if (!choir_model_file_has(f, role, l)) continue;
+            for (uint32_t x = 0; x < n_experts; x++) {
+                choir_tensor t;
+                choir_matrix m;
+                CHOIR_TRY(choir_model_file_tensor(f, role, l, x, &t));
+                CHOIR_TRY(choir_matrix_plan(&t, &m));
+                *(kinds[role][1] ? experts : dense) += m.bytes;
+            }
+        }
+    }
+    return CHOIR_OK;
+}
+
+static uint64_t kv_bytes_per_token(const choir_model_config *c)
+{
+    return (uint64_t)c->n_layers * 2 * c->n_kv_heads * c->head_dim * sizeof(uint16_t);
+}
+
+static void print_json(const choir_model_file *f, const choir_tokenizer *t, uint64_t dense,
+                       uint64_t experts)
+{
+    const choir_model_config *c = choir_model_file_config(f);
+    json_t *o = json_pack(
+        "{s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, "
+        "s:I, s:I, s:s, s:b, s:s}",
+        "name", c->name, "family", choir_model_config_family(c), "format", choir_model_file_kind(f), "types",
+        choir_model_file_types(f), "parameters", (json_int_t)choir_model_file_n_parameters(f),
+        "layers", (json_int_t)c->n_layers, "hidden", (json_int_t)c->hidden, "heads",
+        (json_int_t)c->n_heads, "kv_heads", (json_int_t)c->n_kv_heads, "head_dim",
+        (json_int_t)c->head_dim, "ffn", (json_int_t)c->ffn_hidden, "experts",
+        (json_int_t)c->n_experts, "experts_per_token", (json_int_t)c->n_experts_used, "expert_ffn",
+        (json_int_t)c->expert_hidden, "vocab", (json_int_t)c->vocab, "context",
+        (json_int_t)c->max_positions, "bytes_on_disk", (json_int_t)choir_model_file_bytes(f),
+        "bytes_dense", (json_int_t)dense, "bytes_experts", (json_int_t)experts, "kv_bytes_per_token",
+        (json_int_t)kv_bytes_per_token(c), "tokenizer", choir_tokenizer_kind(t), "chat_template",
+        choir_model_file_chat_template(f) != NULL, "licence", c->licence);
+    json_dumpf(o, stdout, JSON_INDENT(2));
+    putchar('\n');
+    json_decref(o);
+}
+
+static void print_text(const choir_model_file *f, const choir_tokenizer *t, uint64_t dense,
+                       uint64_t experts)
+{
+    const choir_model_config *c = choir_model_file_config(f);
+    char a[16], b[16], d[16];
+    printf("%s\n", c->name);
+    printf("  family      %s, from %s\n", choir_model_config_family(c), choir_model_file_kind(f));
+    printf("  parameters  %.1f M in %s\n", (double)choir_model_file_n_parameters(f) / 1e6,
+           choir_model_file_types(f));
+    printf("  layers      %u of hidden size %u; %u heads of %u over %u kv heads\n", c->n_layers,
+           c->hidden, c->n_heads, c->head_dim, c->n_kv_heads);
+    if (c->n_experts > 0)
+        printf("  experts     %u a layer, %u a token, FFN %u\n", c->n_experts, c->n_experts_used,
+               c->expert_hidden);
+    else
+        printf("  FFN         %u, dense\n", c->ffn_hidden);
+    printf("  context     %u tokens, KV %s a token\n", c->max_positions,
+           choir_format_bytes(kv_bytes_per_token(c), a));
+    printf("  memory      %s dense, %s experts; on disk %s\n", choir_format_bytes(dense, a),
+           choir_format_bytes(experts, b), choir_format_bytes(choir_model_file_bytes(f), d));
+    printf("  tokenizer   %s, %u tokens; chat template: %s\n", choir_tokenizer_kind(t), c->vocab,
+           choir_model_file_chat_template(f) != NULL ? "yes" : "none");
+    printf("  licence     %s\n", c->licence[0] != '\0' ? c->licence : "the file does not say");
+}
+
+static choir_status run(void *verb_values, choir_arguments *arguments)
+{
+    const values *v = verb_values;
+    char path[4096];
+    choir_model_file *f = NULL;
+    choir_tokenizer *t = NULL;
+    uint64_t dense = 0, experts = 0;
+    choir_status status;
+    CHOIR_TRY_TO(done, status, choir_cli_find_model(arguments->positional[0], path, sizeof path));
+    CHOIR_TRY_TO(done, status, choir_model_file_open(path, &f));
+    CHOIR_TRY_TO(done, status, choir_tokenizer_open(f, &t));
+    CHOIR_TRY_TO(done, status, planned_bytes(f, &dense, &experts));
+    (v->json ? print_json : print_text)(f, t, dense, experts);
+done:
+    choir_tokenizer_destroy(t);
+    choir_model_file_close(f);
+    return status;
+}
+
+const choir_verb choir_verb_info = {
+    .name = "info",
+    .arguments = "MODEL [--json]",
+    .summary = "family, shapes, quantisation, experts, sizes, tokenizer, template, licence",
+    .example = "choir info SmolLM2-135M-Instruct.Q4_1",
+    .options = options,
+    .n_options = sizeof options / sizeof *options,
+    .defaults = &defaults,
+    .values_bytes = sizeof(values),
+    .min_positional = 1,
+    .max_positional = 1,
+    .run = run,
+};

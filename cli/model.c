@@ -1,0 +1,69 @@
+/* Finding and opening MODEL for every verb that has one. */
+#include "cli/cli.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+void choir_cli_cache_folder(char *path, size_t bytes)
+{
+    const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    if (cache != NULL && cache[0] == '/')
+        snprintf(path, bytes, "%s/choir/models", cache);
+    else
+        snprintf(path, bytes, "%s/.cache/choir/models", home != NULL ? home : "");
+}
+
+choir_status choir_cli_find_model(const char *model, char *path, size_t bytes)
+{
+    if (choir_file_exists(model) || choir_folder_exists(model)) {
+        if ((size_t)snprintf(path, bytes, "%s", model) >= bytes)
+            return choir_fail(CHOIR_E_INVALID, "the model's path has more than %zu bytes", bytes - 1);
+        return CHOIR_OK;
+    }
+    char cache[3000];
+    choir_cli_cache_folder(cache, sizeof cache);
+    /* A name lies directly in the cache; nothing else is looked for. */
+    if (strchr(model, '/') == NULL && model[0] != '\0' && model[0] != '.' && strlen(model) < 200) {
+        static const char *const endings[] = {"", ".gguf"};
+        for (int i = 0; i < 2; i++) {
+            snprintf(path, bytes, "%s/%s%s", cache, model, endings[i]);
+            if (choir_file_exists(path) || choir_folder_exists(path)) return CHOIR_OK;
+        }
+    }
+    return choir_fail(CHOIR_E_NOT_FOUND,
+                      "model '%.200s' is neither a file, nor a folder, nor a name in %s", model, cache);
+}
+
+choir_status choir_cli_not_yet(const char *what)
+{
+    return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s is not there yet; the README's table says what works",
+                      what);
+}
+
+choir_status choir_cli_set_level(const char *text, choir_engine_options *options)
+{
+    if (text == NULL) return CHOIR_OK;
+    if (!choir_cpu_level_parse(text, &options->level))
+        return choir_fail(CHOIR_E_INVALID, "--cpu-level is '%.40s', must be reference, avx2 or avx512vnni",
+                          text);
+    return CHOIR_OK;
+}
+
+choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
+                                      choir_engine_options *options)
+{
+    if (values->adapter != NULL) return choir_cli_not_yet("--adapter");
+    options->n_threads = (uint32_t)values->threads;
+    options->exact = values->exact;
+    options->show_progress = true;
+    return choir_cli_set_level(values->cpu_level, options);
+}
+
+choir_status choir_cli_open_engine(const char *model, const choir_engine_options *options,
+                                   choir_engine **out)
+{
+    char path[4096];
+    CHOIR_TRY(choir_cli_find_model(model, path, sizeof path));
+    return choir_engine_open(path, options, out);
+}

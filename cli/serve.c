@@ -1,0 +1,237 @@
+#include "cli/cli.h"
+
+#include "server/server.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/sysinfo.h>
+
+typedef struct values {
+    choir_cli_engine_values engine;
+    const char *config, *http, *adapters, *kv_cache_dtype, *tls_cert, *tls_key;
+    choir_option_list listen, served_model_name, api_key, lora_modules;
+    uint64_t memory, max_model_len, max_num_seqs, max_num_batched_tokens, max_queued, seed;
+    uint64_t shutdown_timeout, watchdog_timeout, max_message;
+    bool no_prefix_cache;
+} values;
+static const values defaults = {
+    .kv_cache_dtype = "auto",
+    .max_num_seqs = 32,
+    .max_num_batched_tokens = 512,
+    .max_queued = 256,
+    .shutdown_timeout = 30,
+    .watchdog_timeout = 30,
+    .max_message = 4 << 20,
+};
+static const choir_option options[] = {
+    {"config", 0, CHOIR_OPTION_TEXT, offsetof(values, config), "FILE",
+     "these options as a JSON object; the command line is stronger", 0, 0},
+    {"listen", 0, CHOIR_OPTION_LIST, offsetof(values, listen), "HOST:PORT",
+     "gRPC address, or unix:/path; may be given again [127.0.0.1:50051]", 0, 0},
+    {"http", 0, CHOIR_OPTION_TEXT, offsetof(values, http), "HOST:PORT", "HTTP gateway (not there yet)", 0, 0},
+    {"memory", 0, CHOIR_OPTION_SIZE, offsetof(values, memory), "8GiB",
+     "budget: weights and scratch first, KV pages get the rest; 0: half of what is free", 0, 0},
+    {"served-model-name", 0, CHOIR_OPTION_LIST, offsetof(values, served_model_name), "NAME",
+     "the names clients use, one for each MODEL [the file's]", 0, 0},
+    {"max-model-len", 0, CHOIR_OPTION_COUNT, offsetof(values, max_model_len), "N",
+     "tokens of prompt and answer; 0: the model's context", 0, 1 << 28},
+    {"max-num-seqs", 0, CHOIR_OPTION_COUNT, offsetof(values, max_num_seqs), "N", "sequences running at once", 1, 1024},
+    {"max-num-batched-tokens", 0, CHOIR_OPTION_COUNT, offsetof(values, max_num_batched_tokens), "N",
+     "tokens of one step", 16, 65536},
+    {"max-queued", 0, CHOIR_OPTION_COUNT, offsetof(values, max_queued), "N", "requests waiting at most", 1, 65536},
+    {"no-prefix-cache", 0, CHOIR_OPTION_FLAG, offsetof(values, no_prefix_cache), NULL,
+     "prompts share no KV pages", 0, 0},
+    {"kv-cache-dtype", 0, CHOIR_OPTION_TEXT, offsetof(values, kv_cache_dtype), "TYPE", "auto or f16", 0, 0},
+    {"adapters", 0, CHOIR_OPTION_TEXT, offsetof(values, adapters), "DIR", "LoRA adapters (not there yet)", 0, 0},
+    {"lora-modules", 0, CHOIR_OPTION_LIST, offsetof(values, lora_modules), "NAME=DIR",
+     "LoRA adapters (not there yet)", 0, 0},
+    {"api-key", 0, CHOIR_OPTION_LIST, offsetof(values, api_key), "KEY",
+     "clients must send `authorization: Bearer KEY`", 0, 0},
+    {"tls-cert", 0, CHOIR_OPTION_TEXT, offsetof(values, tls_cert), "FILE", "certificate chain, PEM", 0, 0},
+    {"tls-key", 0, CHOIR_OPTION_TEXT, offsetof(values, tls_key), "FILE", "its private key, PEM", 0, 0},
+    {"max-message", 0, CHOIR_OPTION_SIZE, offsetof(values, max_message), "BYTES", "of one request", 1024, 1 << 30},
+    {"shutdown-timeout", 0, CHOIR_OPTION_COUNT, offsetof(values, shutdown_timeout), "S",
+     "seconds that running streams get after SIGTERM", 0, 86400},
+    {"watchdog-timeout", 0, CHOIR_OPTION_COUNT, offsetof(values, watchdog_timeout), "S",
+     "no step for so long with work pending: NOT_SERVING; twice as long: exit", 1, 3600},
+    {"seed", 0, CHOIR_OPTION_COUNT, offsetof(values, seed), "S", "accepted as vLLM does; requests carry their own", 0, 0},
+    CHOIR_CLI_ENGINE_OPTIONS(values, engine),
+};
+
+typedef struct hosted {
+    choir_engine *engine;
+    choir_scheduler *scheduler;
+    char name[256];
+} hosted;
+
+static choir_status refuse_later(const values *v)
+{
+    if (v->http != NULL) return choir_cli_not_yet("--http");
+    if (v->adapters != NULL) return choir_cli_not_yet("--adapters");
+    if (v->lora_modules.n > 0) return choir_cli_not_yet("--lora-modules");
+    if (strcmp(v->kv_cache_dtype, "auto") != 0 && strcmp(v->kv_cache_dtype, "f16") != 0)
+        return choir_fail(CHOIR_E_INVALID, "--kv-cache-dtype is '%.20s', must be auto or f16",
+                          v->kv_cache_dtype);
+    if ((v->tls_cert != NULL) != (v->tls_key != NULL))
+        return choir_fail(CHOIR_E_INVALID, "--tls-cert and --tls-key go together");
+    return CHOIR_OK;
+}
+
+/* What a model takes besides KV: its packed weights are about as large as its file; the step's scratch
+ * is small beside them. The rest of its share of the budget becomes KV pages. */
+static choir_status kv_budget(const values *v, const char *path, uint32_t n_models, uint64_t *kv_bytes)
+{
+    choir_model_file *file;
+    struct sysinfo machine;
+    CHOIR_TRY(choir_model_file_open(path, &file));
+    const choir_model_config c = *choir_model_file_config(file);
+    uint64_t weights = choir_model_file_bytes(file), budget = v->memory;
+    choir_model_file_close(file);
+    if (budget == 0)
+        budget = sysinfo(&machine) == 0 ? (uint64_t)machine.freeram * machine.mem_unit / 2 + weights
+                                        : (uint64_t)4 << 30;
+    budget /= n_models;
+    uint64_t scratch = v->max_num_batched_tokens * (c.hidden + c.ffn_hidden + c.expert_hidden) * 32 +
+                       (uint64_t)c.vocab * 4 * 64;
+    uint64_t token = (uint64_t)c.n_layers * 2 * c.n_kv_heads * c.head_dim *
+                     (v->engine.exact ? sizeof(float) : sizeof(uint16_t));
+    uint64_t context = v->max_model_len > 0 ? v->max_model_len : c.max_positions;
+    uint64_t most = token * (context + CHOIR_PAGE_TOKENS) * v->max_num_seqs;
+    uint64_t least = token * CHOIR_PAGE_TOKENS * 4;
+    if (budget < weights + scratch + least)
+        return choir_fail(CHOIR_E_INVALID,
+                          "--memory: %.200s takes %llu MiB of weights and %llu MiB of scratch, its share "
+                          "of the budget is %llu MiB",
+                          path, (unsigned long long)weights >> 20, (unsigned long long)scratch >> 20,
+                          (unsigned long long)budget >> 20);
+    uint64_t left = budget - weights - scratch;
+    *kv_bytes = left < most ? left : most;
+    return CHOIR_OK;
+}
+
+static void name_of(const values *v, uint32_t i, const char *path, char *name, size_t bytes)
+{
+    if (i < v->served_model_name.n) {
+        snprintf(name, bytes, "%s", v->served_model_name.item[i]);
+        return;
+    }
+    const char *slash = strrchr(path, '/');
+    snprintf(name, bytes, "%s", slash != NULL && slash[1] != '\0' ? slash + 1 : path);
+    char *ending = strrchr(name, '.');
+    if (ending != NULL && strcmp(ending, ".gguf") == 0) *ending = '\0';
+}
+
+static choir_status open_model(const values *v, uint32_t i, const char *model, uint32_t n_models,
+                               hosted *out)
+{
+    char path[4096], a[16], b[16];
+    choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
+    CHOIR_TRY(choir_cli_engine_options(&v->engine, &o));
+    CHOIR_TRY(choir_cli_find_model(model, path, sizeof path));
+    CHOIR_TRY(kv_budget(v, path, n_models, &o.kv_bytes));
+    o.max_rows = (uint32_t)v->max_num_batched_tokens;
+    o.max_spans = v->max_num_seqs < o.max_rows ? (uint32_t)v->max_num_seqs : o.max_rows;
+    CHOIR_TRY(choir_engine_open(path, &o, &out->engine));
+    choir_scheduler_options s = CHOIR_SCHEDULER_OPTIONS_DEFAULT;
+    s.max_sequences = o.max_spans;
+    s.max_step_tokens = o.max_rows;
+    s.max_queued = (uint32_t)v->max_queued;
+    s.max_tokens_per_sequence = (uint32_t)v->max_model_len;
+    s.prefix_cache = !v->no_prefix_cache;
+    s.stall_ms = (uint32_t)v->watchdog_timeout * 1000;
+    const choir_step_engine step = choir_step_engine_of(out->engine);
+    CHOIR_TRY(choir_scheduler_create(&step, &s, &out->scheduler));
+    name_of(v, i, path, out->name, sizeof out->name);
+    choir_engine_sizes sizes = choir_engine_memory(out->engine);
+    fprintf(stderr, "choir: %s: %s of weights, %s of KV pages (%u tokens), %u threads, %s kernels\n",
+            out->name, choir_format_bytes(sizes.weight_bytes + sizes.expert_bytes, a),
+            choir_format_bytes(sizes.kv_bytes, b), choir_engine_n_pages(out->engine) * CHOIR_PAGE_TOKENS,
+            choir_engine_n_threads(out->engine), choir_engine_kernels(out->engine)->name);
+    return CHOIR_OK;
+}
+
+static choir_status serve(const values *v, hosted *models, uint32_t n, char *cert, char *key)
+{
+    choir_server_model served[CHOIR_MAX_LIST];
+    static const char *const usual[] = {"127.0.0.1:50051"};
+    choir_server_options o = CHOIR_SERVER_OPTIONS_DEFAULT;
+    choir_server *server;
+    for (uint32_t i = 0; i < n; i++) {
+        served[i] = choir_server_model_of(models[i].name, models[i].engine, models[i].scheduler);
+        served[i].max_tokens = (uint32_t)v->max_model_len;
+    }
+    o.listen = v->listen.n > 0 ? v->listen.item : usual;
+    o.n_listen = v->listen.n > 0 ? v->listen.n : 1;
+    o.api_keys = v->api_key.item;
+    o.n_api_keys = v->api_key.n;
+    o.tls_certificate = cert;
+    o.tls_key = key;
+    o.max_message_bytes = (uint32_t)v->max_message;
+    o.shutdown_ms = (uint32_t)v->shutdown_timeout * 1000;
+    o.watchdog_exit_ms = (uint32_t)v->watchdog_timeout * 1000;
+    CHOIR_TRY(choir_server_create(&o, served, n, &server));
+    choir_status status = choir_server_start(server);
+    if (status == CHOIR_OK) {
+        for (uint32_t i = 0; i < o.n_listen; i++)
+            fprintf(stderr, "choir: listening on %s\n", choir_server_address(server, i));
+        choir_server_run_until_signal(server);
+    }
+    choir_server_destroy(server);
+    return status;
+}
+
+static choir_status read_pem(const char *path, char **out)
+{
+    size_t bytes;
+    return path == NULL ? CHOIR_OK : choir_file_read(path, 1 << 20, out, &bytes);
+}
+
+static choir_status run(void *verb_values, choir_arguments *arguments)
+{
+    const values *v = verb_values;
+    uint32_t n = arguments->n_positional;
+    hosted models[CHOIR_MAX_LIST] = {0};
+    char *cert = NULL, *key = NULL;
+    choir_status status;
+    CHOIR_TRY(refuse_later(v));
+    if (v->served_model_name.n > n)
+        return choir_fail(CHOIR_E_INVALID, "--served-model-name is given %u times for %u models",
+                          v->served_model_name.n, n);
+    /* Threads inherit the mask: the server's own loop takes the signals. */
+    sigset_t taken;
+    sigemptyset(&taken);
+    sigaddset(&taken, SIGTERM);
+    sigaddset(&taken, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &taken, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    fprintf(stderr, "choir: configuration:\n");
+    choir_options_print_resolved(options, sizeof options / sizeof *options, v, arguments, stderr);
+    CHOIR_TRY_TO(done, status, read_pem(v->tls_cert, &cert));
+    CHOIR_TRY_TO(done, status, read_pem(v->tls_key, &key));
+    for (uint32_t i = 0; i < n; i++)
+        CHOIR_TRY_TO(done, status, open_model(v, i, arguments->positional[i], n, &models[i]));
+    status = serve(v, models, n, cert, key);
+done:
+    for (uint32_t i = 0; i < n; i++) {
+        choir_scheduler_destroy(models[i].scheduler);
+        choir_engine_close(models[i].engine);
+    }
+    choir_free(cert);
+    choir_free(key);
+    return status;
+}
+
+const choir_verb choir_verb_serve = {
+    .name = "serve",
+    .arguments = "MODEL… [--listen 127.0.0.1:50051] [--memory 8GiB] [--config FILE]",
+    .summary = "the gRPC server: streaming, health, reflection",
+    .example = "choir serve SmolLM2-135M-Instruct.Q4_1 --listen 127.0.0.1:50051 --memory 2GiB",
+    .options = options,
+    .n_options = sizeof options / sizeof *options,
+    .defaults = &defaults,
+    .values_bytes = sizeof(values),
+    .min_positional = 1,
+    .max_positional = 16,
+    .run = run,
+};
