@@ -337,7 +337,7 @@ static choir_status check_sampling(const choir_generate_request *r)
                               "sampling.stop_token_ids[%u] is %u; the vocabulary ends at %u", i,
                               q->stop_ids[i], vocab - 1);
     choir_status status = choir_sampling_check(&q->sampling, vocab);
-    return status == CHOIR_OK ? CHOIR_OK : choir_fail_in(status, "sampling");
+    return status == CHOIR_OK ? CHOIR_OK : choir_fail(status, "sampling.%s", choir_error_message());
 }
 
 /* --- what is not there yet */

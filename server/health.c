@@ -56,9 +56,9 @@ void choir_health_update(choir_server *server, const bool *model_healthy)
         /* Pairs with the loads in pump and check; the wake below makes watchers look again. */
         if (atomic_exchange(&h->status, status) == status) continue;
         changed = true;
-        const char *name = h->service[0] == '\0' ? "the server" : h->service;
-        choir_log(serving ? CHOIR_LOG_INFO : CHOIR_LOG_WARNING, "health: %s is %s", name,
-                  serving ? "SERVING" : "NOT_SERVING");
+        if (h->service[0] == '\0')
+            choir_log(serving || !open ? CHOIR_LOG_INFO : CHOIR_LOG_WARNING, "health: %s",
+                      serving ? "SERVING" : "NOT_SERVING");
     }
     if (!changed) return;
     pthread_mutex_lock(&server->calls_lock);

@@ -232,8 +232,8 @@ static choir_status check_field(walk *w, const ProtobufCMessageDescriptor *type,
     bool repeated = known->label == PROTOBUF_C_LABEL_REPEATED;
     uint32_t wire_type = wire_type_of(known->type);
     uint64_t *count = &counts[known - type->fields], fresh = 1;
-    place here = {outer, known->name, repeated ? (int64_t)*count : -1};
     bool packed = repeated && wire_type != LENGTH && field->type == LENGTH;
+    place here = {outer, known->name, repeated && !packed ? (int64_t)*count : -1};
     if (!packed && field->type != wire_type) return refuse(&here, "has the wrong wire type");
     if (packed && !count_packed(wire_type, field, &fresh))
         return refuse(&here, "is not well-formed");
