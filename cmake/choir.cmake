@@ -18,7 +18,9 @@ pkg_check_modules(UTF8PROC REQUIRED IMPORTED_TARGET libutf8proc)
 pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
 pkg_check_modules(GRPC REQUIRED IMPORTED_TARGET grpc)
 pkg_check_modules(PROTOBUF_C REQUIRED IMPORTED_TARGET libprotobuf-c)
-pkg_check_modules(CMOCKA REQUIRED IMPORTED_TARGET cmocka)
+if(CHOIR_TESTS)
+    pkg_check_modules(CMOCKA REQUIRED IMPORTED_TARGET cmocka)
+endif()
 
 # -ffp-contract=off: fused multiply-adds are written out (fmaf, intrinsics), so that bits do not depend
 # on the compiler's mood. Plain x86-64 code; the CPU levels set their own flags per file.
@@ -33,6 +35,10 @@ if(CHOIR_SANITIZE)
     target_compile_options(choir_flags INTERFACE -fsanitize=${CHOIR_SANITIZE}
         -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
     target_link_options(choir_flags INTERFACE -fsanitize=${CHOIR_SANITIZE})
+endif()
+
+if(CHOIR_FUZZ)
+    target_compile_options(choir_flags INTERFACE -fsanitize=fuzzer-no-link)
 endif()
 
 # choir_library(NAME SOURCES … LINKS …): one folder, one static library, target choir_NAME.
