@@ -5,7 +5,7 @@ static const choir_kernels *const tables[CHOIR_CPU_N_LEVELS] = {
     [CHOIR_CPU_REFERENCE] = &choir_kernels_reference,
 #ifdef __x86_64__
     [CHOIR_CPU_AVX2] = &choir_kernels_avx2,
-    [CHOIR_CPU_AVX512VNNI] = NULL,
+    [CHOIR_CPU_AVX512VNNI] = &choir_kernels_avx512,
 #endif
 };
 

@@ -40,7 +40,7 @@ static __attribute__((target("avx2,fma"), noinline)) void spin_f32(void)
     __m256 sum[CHAINS], x = _mm256_set1_ps(0.5F);
     for (int i = 0; i < CHAINS; i++) sum[i] = x;
     for (int n = 0; n < SPINS; n++)
-#pragma GCC unroll 12
+#    pragma GCC unroll 12
         for (int i = 0; i < CHAINS; i++) {
             sum[i] = _mm256_fmadd_ps(sum[i], x, x);
             __asm__ volatile("" : "+x"(sum[i]));
@@ -52,7 +52,7 @@ static __attribute__((target("avx2"), noinline)) void spin_int8(void)
     __m256i sum[CHAINS], x = _mm256_set1_epi8(3);
     for (int i = 0; i < CHAINS; i++) sum[i] = x;
     for (int n = 0; n < SPINS; n++)
-#pragma GCC unroll 12
+#    pragma GCC unroll 12
         for (int i = 0; i < CHAINS; i++) {
             sum[i] = _mm256_maddubs_epi16(x, sum[i]);
             __asm__ volatile("" : "+x"(sum[i]));

@@ -1,0 +1,184 @@
+/* The AVX-512 level (F, BW, VL, VNNI). Quantised products: 16 output rows x 4 k in a register,
+ * multiplied with 4 broadcast activation bytes and added up by one dpbusd; all else is as in AVX2,
+ * twice as wide. */
+#include "engine/kernels/cpu/wide_avx512.h"
+/* wide_*.h need the vocabulary above. */
+#include "engine/kernels/cpu/wide_attention.h"
+#include "engine/kernels/cpu/wide_matmul.h"
+#include "engine/kernels/cpu/wide_rows.h"
+
+enum {
+    TILE = 8,          /* activation rows worked on together */
+    ROWS_AT_ONCE = 64, /* activation rows per pass over the weights: their codes stay in L2 */
+};
+
+/* What a tile function is compiled for. */
+enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8 };
+
+typedef struct tile {
+    const uint8_t *strip;
+    const uint8_t *row; /* the first activation row */
+    float *y;           /* of the first activation row and output row */
+    size_t ldy;
+    uint32_t n_out; /* output rows that exist, 1..16 */
+    const quant_layout *l;
+    acts_layout acts;
+} tile;
+
+INLINE wide load_scales(const uint8_t *p, int i, int kind)
+{
+    if (kind & F32_SCALES) return w_load((const float *)p + LANES * i);
+    return w_load_f16((const uint16_t *)p + LANES * i);
+}
+
+/* The 8 groups of 16 rows x 4 k of a block as unsigned bytes. */
+INLINE void load_codes(const uint8_t *codes, int kind, __m512i group[8])
+{
+    if (kind & W8) {
+#pragma GCC unroll 8
+        for (int g = 0; g < 8; g++) group[g] = _mm512_loadu_si512(codes + g * 64);
+        return;
+    }
+    const __m512i mask = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; p++) {
+        __m512i both = _mm512_loadu_si512(codes + p * 64);
+        group[2 * p] = _mm512_and_si512(both, mask);
+        group[2 * p + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+    }
+}
+
+INLINE __m512i broadcast_codes(const uint8_t *p)
+{
+    float four; /* a broadcast from memory, not by way of an integer register */
+    memcpy(&four, p, 4);
+    return _mm512_castps_si512(_mm512_set1_ps(four));
+}
+
+/* acc += scale * (sum - zero * code sum) [+ minimum * s] for one activation row and (half) block */
+INLINE wide finish(const tile *t, const uint8_t *row, uint32_t b, int half, __m512i sum, wide d,
+                   wide m, int kind, wide acc)
+{
+    wide da = w_set(((const float *)(row + t->acts.d_at))[b]);
+    if (!(kind & MIN)) {
+        const int32_t *sums = (const int32_t *)(row + t->acts.sums_at) + 2 * (size_t)b;
+        int32_t n = kind & HALVES ? sums[half] : sums[0] + sums[1];
+        sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(n * (1 << t->l->zero_log2)));
+    }
+    acc = w_fma(_mm512_cvtepi32_ps(sum), w_mul(d, da), acc);
+    if (kind & MIN) acc = w_fma(m, w_set(((const float *)(row + t->acts.s_at))[b]), acc);
+    return acc;
+}
+
+INLINE void run_block(const tile *t, uint32_t b, int rows, int kind, wide *acc)
+{
+    const uint8_t *scales = t->strip + (size_t)b * t->l->scale_bytes;
+    int n_parts = kind & HALVES ? 2 : 1, per_part = 8 / n_parts;
+    __m512i group[8];
+    load_codes(t->strip + t->l->codes_at + (size_t)b * t->l->code_bytes, kind, group);
+    wide m = kind & MIN ? load_scales(scales, n_parts, kind) : w_zero();
+    for (int part = 0; part < n_parts; part++) {
+        wide d = load_scales(scales, part, kind);
+        __m512i sum[TILE];
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) sum[i] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+        for (int g = part * per_part; g < (part + 1) * per_part; g++)
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++) {
+                const uint8_t *four = t->row + i * t->acts.row_bytes + (size_t)b * BLOCK + g * 4;
+                sum[i] = _mm512_dpbusd_epi32(sum[i], group[g], broadcast_codes(four));
+            }
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+            acc[i] = finish(t, t->row + i * t->acts.row_bytes, b, part, sum[i], d, m, kind, acc[i]);
+    }
+}
+
+INLINE void run_tile(const tile *t, int rows, int kind)
+{
+    wide acc[TILE];
+    for (int i = 0; i < rows; i++) acc[i] = w_zero();
+    for (uint32_t b = 0; b < t->l->n_blocks; b++) run_block(t, b, rows, kind, acc);
+    for (int i = 0; i < rows; i++) w_store_first(t->y + i * t->ldy, acc[i], t->n_out);
+}
+
+typedef void (*tile_function)(const tile *t);
+
+#define TILE_FUNCTION(name, rows, kind)                                                            \
+    static __attribute__((noinline)) void name##_##rows(const tile *t)                             \
+    {                                                                                              \
+        run_tile(t, rows, kind);                                                                   \
+    }
+#define TILE_FUNCTIONS(name, kind)                                                                 \
+    TILE_FUNCTION(name, 1, kind)                                                                   \
+    TILE_FUNCTION(name, 2, kind)                                                                   \
+    TILE_FUNCTION(name, 3, kind)                                                                   \
+    TILE_FUNCTION(name, 4, kind)                                                                   \
+    TILE_FUNCTION(name, 8, kind)                                                                   \
+    static const tile_function name[TILE + 1] = {NULL,     name##_1, name##_2, name##_3, name##_4, \
+                                                 name##_4, name##_4, name##_4, name##_8};
+
+TILE_FUNCTIONS(w4_zero_f16, 0)
+TILE_FUNCTIONS(w4_min_f16, MIN)
+TILE_FUNCTIONS(w4_min_f32, MIN | F32_SCALES)
+TILE_FUNCTIONS(w8_zero_f16, W8)
+TILE_FUNCTIONS(w8_min_f16, W8 | MIN)
+TILE_FUNCTIONS(w8_min_f32, W8 | MIN | F32_SCALES)
+TILE_FUNCTIONS(w8_halves_f32, W8 | HALVES | F32_SCALES)
+
+static const tile_function *functions_for(const choir_matrix *w, const quant_layout *l)
+{
+    if (w->layout == CHOIR_LAYOUT_W4)
+        return l->min ? l->f32 ? w4_min_f32 : w4_min_f16 : w4_zero_f16;
+    if (l->n_groups == 2) return w8_halves_f32;
+    return l->min ? l->f32 ? w8_min_f32 : w8_min_f16 : w8_zero_f16;
+}
+
+static void quant_matmul(const choir_matrix *w, const choir_acts *acts, float *restrict y,
+                         size_t ldy, uint32_t begin, uint32_t end)
+{
+    quant_layout l = choir_quant_layout(w);
+    tile t = {.ldy = ldy, .l = &l, .acts = choir_acts_layout(w->cols)};
+    const tile_function *functions = functions_for(w, &l);
+    CHOIR_ASSERT(acts->q8 != NULL && begin % STRIP == 0);
+    for (uint32_t first = 0; first < acts->n_rows; first += ROWS_AT_ONCE) {
+        uint32_t left = acts->n_rows - first,
+                 stop = first + (left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE);
+        for (uint32_t r = begin; r < end; r += STRIP) {
+            t.strip = (const uint8_t *)w->data + r / STRIP * l.strip_bytes;
+            t.n_out = end - r < STRIP ? end - r : STRIP;
+            for (uint32_t i = first, n; i < stop; i += n) {
+                n = stop - i >= TILE ? TILE : stop - i > 4 ? 4 : stop - i;
+                t.row = (const uint8_t *)acts->q8 + i * t.acts.row_bytes;
+                t.y = y + i * ldy + r;
+                functions[n](&t);
+            }
+        }
+    }
+}
+
+static void matmul(const choir_matrix *w, const choir_acts *acts, float *restrict y, size_t ldy,
+                   uint32_t begin, uint32_t end)
+{
+    if (w->layout == CHOIR_LAYOUT_W4 || w->layout == CHOIR_LAYOUT_W8)
+        quant_matmul(w, acts, y, ldy, begin, end);
+    else
+        float_matmul(w, acts, y, ldy, begin, end);
+}
+
+const choir_kernels choir_kernels_avx512 = {
+    .level = CHOIR_CPU_AVX512VNNI,
+    .name = "avx512vnni",
+    .quantize = quantize,
+    .matmul = matmul,
+    .rms_norm = rms_norm,
+    .rope = rope,
+    .silu_mul = silu_mul,
+    .add = add,
+    .add_scaled = add_scaled,
+    .f32_to_f16 = f32_to_f16_row,
+    .attention = attention,
+    .max = max_of_row,
+    .sum_exp = sum_exp,
+};
