@@ -74,7 +74,7 @@ INLINE void finish(const tile *t, const uint8_t *row, uint32_t b, int half, cons
     if (!(kind & MIN)) {
         const int32_t *sums = (const int32_t *)(row + t->acts.sums_at) + 2 * (size_t)b;
         int32_t n = kind & HALVES ? sums[half] : sums[0] + sums[1];
-        zero = _mm256_set1_epi32(n << t->zero_log2);
+        zero = _mm256_set1_epi32(n * (1 << t->zero_log2));
     }
     for (int v = 0; v < 2; v++) {
         __m256i n = kind & MIN ? sum[v] : _mm256_sub_epi32(sum[v], zero);
