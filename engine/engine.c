@@ -147,6 +147,8 @@ const choir_model_config *choir_engine_config(const choir_engine *e) { return &e
 const choir_tokenizer *choir_engine_tokenizer(const choir_engine *e) { return e->tokenizer; }
 const choir_kernels *choir_engine_kernels(const choir_engine *e) { return e->kernels; }
 uint32_t choir_engine_n_threads(const choir_engine *e) { return e->n_threads; }
+uint32_t choir_engine_max_rows(const choir_engine *e) { return e->options.max_rows; }
+uint32_t choir_engine_max_spans(const choir_engine *e) { return e->options.max_spans; }
 uint32_t choir_engine_n_pages(const choir_engine *e) { return e->n_pages; }
 size_t choir_engine_page_bytes(const choir_engine *e) { return e->page_bytes; }
 const char *choir_engine_path(const choir_engine *e) { return e->path; }

@@ -37,6 +37,8 @@ const choir_tokenizer *choir_engine_tokenizer(const choir_engine *engine);
 const choir_chat_template *choir_engine_chat_template(const choir_engine *engine); /* NULL: none */
 const choir_kernels *choir_engine_kernels(const choir_engine *engine);
 uint32_t choir_engine_n_threads(const choir_engine *engine);
+uint32_t choir_engine_max_rows(const choir_engine *engine);
+uint32_t choir_engine_max_spans(const choir_engine *engine);
 
 enum { CHOIR_PAGE_TOKENS = 32 };
 uint32_t choir_engine_n_pages(const choir_engine *engine);

@@ -43,6 +43,9 @@ typedef struct choir_step_engine {
     uint32_t n_pages, page_tokens, vocab, max_positions, max_rows, max_spans;
     const choir_tokenizer *tokenizer; /* NULL: no text, ids only */
     uint64_t digest;                  /* of what makes KV: model, versions; part of every prefix key */
+    const int32_t *eos_ids;           /* end an answer unless ignore_eos; lent */
+    uint32_t n_eos;
+    uint32_t n_layers, n_experts_used; /* the shape of a route; 0: none */
 } choir_step_engine;
 choir_step_engine choir_step_engine_of(choir_engine *engine);
 
@@ -106,7 +109,8 @@ typedef struct choir_event {
     const uint32_t *tokens;
     const choir_token_logprob *logprobs; /* [n_tokens] when wanted */
     uint32_t n_tokens;
-    const uint16_t *route_experts; /* when wanted: [n_tokens, n_layers, k], and the weights alike */
+    /* when wanted: [n_layers, k] of the position the token was drawn from, and the weights alike */
+    const uint16_t *route_experts;
     const float *route_weights;
     /* STARTED: usage.prompt_tokens, cached_tokens; sent with the first token. DONE: all */
     choir_usage usage;

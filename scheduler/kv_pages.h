@@ -1,0 +1,18 @@
+/* KV page numbers with reference counts; internal to scheduler/.
+ * 1. A page is free (refs 0, on the free stack) or held (refs >= 1).
+ * 2. A sequence writes only into pages that it alone holds (refs 1): shared pages are full.
+ * 3. Whoever takes a reference gives it back exactly once. */
+#pragma once
+#include "base/base.h"
+
+typedef struct kv_pages {
+    uint32_t n, n_free;
+    uint32_t *refs; /* [n] */
+    uint32_t *free; /* stack of free page numbers */
+} kv_pages;
+
+choir_status kv_pages_create(uint32_t n, kv_pages *out) CHOIR_MUST_USE;
+void kv_pages_destroy(kv_pages *pages);
+bool kv_pages_take(kv_pages *pages, uint32_t *page); /* refs 1; false: none is free */
+void kv_pages_hold(kv_pages *pages, uint32_t page);  /* one more reference */
+bool kv_pages_drop(kv_pages *pages, uint32_t page);  /* one less; true: it became free */

@@ -1,0 +1,30 @@
+/* Full KV pages by everything that made them; internal to scheduler/.
+ * A page's key is the hash of (its parent's key, its tokens); the first parent is the hash of the tenant's
+ * salt and the engine's digest. The tokens are compared too, so that a collision is a miss. The cache
+ * holds one reference of each page it knows; pages that only it holds are given back oldest first. */
+#pragma once
+#include "scheduler/kv_pages.h"
+
+typedef struct prefix_key {
+    uint64_t low, high;
+} prefix_key;
+
+typedef struct prefix_cache prefix_cache;
+
+choir_status prefix_cache_create(kv_pages *pages, uint32_t page_tokens, prefix_cache **out)
+    CHOIR_MUST_USE;
+void prefix_cache_destroy(prefix_cache *cache);
+prefix_key prefix_root(uint64_t salt, uint64_t digest);
+prefix_key prefix_child(prefix_key parent, const uint32_t *tokens, uint32_t page_tokens);
+/* The page of a key, with a reference for the caller; false: not there. */
+bool prefix_cache_find(prefix_cache *cache, prefix_key parent, prefix_key key, const uint32_t *tokens,
+                       uint32_t *page);
+/* Makes a full page known (a key that is known already is left alone). */
+void prefix_cache_add(prefix_cache *cache, prefix_key parent, prefix_key key, const uint32_t *tokens,
+                      uint32_t page);
+/* Gives back the page that nobody else has held for the longest; false: there is none. */
+bool prefix_cache_evict(prefix_cache *cache);
+/* A page whose content went bad is known no more. */
+void prefix_cache_forget(prefix_cache *cache, uint32_t page);
+uint32_t prefix_cache_n_idle(const prefix_cache *cache); /* pages only the cache holds */
+uint32_t prefix_cache_count(const prefix_cache *cache);

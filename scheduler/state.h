@@ -1,0 +1,153 @@
+/* The scheduler's own picture of requests and sequences; internal to scheduler/.
+ *
+ *            submit             admit: pages            last token drawn
+ *   (client) ──────▶ WAITING ──────────────▶ RUNNING ───────────────────▶ ENDED
+ *                       ▲   preempt: pages away  │ ▲
+ *                       └────────────────────────┤ │ outbox drained
+ *                                  outbox full   ▼ │
+ *                                              PAUSED ─── reader too slow ─▶ ENDED
+ *   Any state but ENDED ends on cancel, deadline or error. sequence_move() is the only way.
+ *
+ * THREADS request and sequence belong to the engine thread once submitted; a stream is shared with its
+ *         consumer under stream.lock. */
+#pragma once
+#include "scheduler/prefix_cache.h"
+#include "scheduler/scheduler.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+enum { NO_STOP = UINT32_MAX, DELTA_ROOM = 4096 };
+
+typedef enum sequence_state { SEQ_WAITING, SEQ_RUNNING, SEQ_PAUSED, SEQ_ENDED } sequence_state;
+
+/* The consumer's end of a request. Deltas lie in a ring of records; STARTED and DONE are flags, so that
+ * an end always finds room. Freed when both sides have let go. */
+struct choir_stream {
+    choir_scheduler *scheduler;
+    pthread_mutex_t lock;
+    pthread_cond_t readable;
+    uint8_t *ring;
+    size_t ring_bytes, head, used; /* records from head on */
+    uint8_t *view;                 /* the record lent to the consumer */
+    size_t view_bytes;
+    bool started, started_taken, done, done_taken, released, finished_by_engine, wanted_room;
+    choir_usage usage, usage_at_start;
+    choir_status status;
+    char message[512];
+    choir_finish finish[CHOIR_MAX_SAMPLES];
+    uint32_t stop_match[CHOIR_MAX_SAMPLES], n_finish;
+    uint32_t n_layers, n_used; /* shape of a route */
+    void (*wake)(void *user);
+    void *user;
+    atomic_bool cancelled; /* release by cancel(), acquire by the tick */
+};
+
+typedef struct request request;
+
+typedef struct sequence {
+    request *of;
+    uint32_t index;
+    sequence_state state;
+    uint32_t *tokens; /* prompt, then what was drawn; room for all */
+    uint32_t n_tokens, n_prompt, n_computed; /* n_computed: those whose KV is in the pages */
+    uint32_t *pages, n_pages, max_pages;
+    prefix_key *keys; /* [max_pages + 1]: keys[i + 1] is page i's */
+    uint32_t n_registered; /* full pages the prefix cache was told of */
+    choir_sampler *sampler;
+    choir_detokenizer *detokenizer;
+    char *held; /* text that may begin a stop text */
+    size_t n_held;
+    choir_finish finish;
+    uint32_t stop_match;
+    uint64_t paused_since;
+    bool selected;       /* has a span in this step */
+    uint32_t n_rows;     /* of that span */
+    choir_routes routes; /* of the span, when wanted */
+} sequence;
+
+struct request {
+    request *next; /* in the mailbox */
+    choir_stream *stream;
+    char id[136];
+    sequence *sequences; /* [n]; 0 prefills, the others fork from it */
+    uint32_t n, n_forked, n_ended;
+    uint32_t max_new;
+    bool ignore_eos, want_logprobs, want_routes;
+    char *stops[CHOIR_MAX_STOPS];
+    size_t stop_bytes[CHOIR_MAX_STOPS], longest_stop;
+    uint32_t n_stops;
+    uint32_t end_ids[CHOIR_MAX_STOP_IDS + 16], n_end_ids;
+    int32_t priority;
+    uint64_t number; /* order of arrival */
+    uint64_t deadline_ns, submitted_ns, first_step_ns, first_token_ns;
+    prefix_key root;
+    choir_usage usage;
+    bool admitted;
+};
+
+struct choir_scheduler {
+    choir_step_engine engine;
+    choir_scheduler_options options;
+    kv_pages pages;
+    prefix_cache *prefix; /* NULL: off */
+
+    pthread_t thread;
+    bool threaded;
+    pthread_mutex_t lock; /* guards mailbox, flags and published */
+    pthread_cond_t work;
+    request *mailbox_first, *mailbox_last;
+    bool stopping, draining, nudged;
+    uint32_t n_held_requests; /* submitted and not ended: bounds the queue */
+    uint32_t n_not_admitted, n_held_samples;
+    uint64_t published_request_ns; /* mean time of a request */
+    choir_scheduler_stats published;
+    uint64_t next_number;
+
+    _Atomic uint64_t last_progress_ns; /* release by the tick, acquire by get_stats */
+    atomic_bool busy;                  /* likewise: there is work a step could do */
+
+    /* the engine thread's */
+    sequence **live; /* every sequence not ended, in no order */
+    uint32_t n_live, max_live;
+    sequence **order; /* scratch: the live ones by rank */
+    choir_span *spans;
+    sequence **span_of;
+    choir_scheduler_stats stats;
+    uint64_t mean_request_ns;
+    request *ended; /* freed at the end of the tick, when nothing points to them any more */
+};
+
+/* sequence.c */
+choir_status request_create(choir_scheduler *s, const choir_request *from, choir_stream *stream,
+                            request **out) CHOIR_MUST_USE;
+void request_destroy(request *r);
+void sequence_move(choir_scheduler *s, sequence *q, sequence_state to);
+void sequence_drop_pages(choir_scheduler *s, sequence *q, bool poisoned);
+/* Takes one drawn token: text, stops, ends; puts the delta into the outbox. */
+void sequence_take_token(choir_scheduler *s, sequence *q, const choir_sample *sample);
+/* Ends every sequence of a request; `message` NULL: a good end. */
+void request_end(choir_scheduler *s, request *r, choir_status status, const char *message);
+
+/* stream.c */
+choir_status stream_create(choir_scheduler *s, void (*wake)(void *), void *user, choir_stream **out)
+    CHOIR_MUST_USE;
+void stream_free(choir_stream *stream);
+typedef struct delta {
+    uint32_t index;
+    const char *text;
+    size_t text_bytes;
+    const choir_sample *sample; /* NULL: text only */
+    bool logprobs;
+    const choir_routes *routes; /* of one position */
+} delta;
+bool stream_has_room(choir_stream *stream, uint32_t n_deltas); /* notes that room is wanted if not */
+void stream_start(choir_stream *stream, const choir_usage *usage);
+choir_status stream_put(choir_stream *stream, const delta *d) CHOIR_MUST_USE;
+void stream_finish(choir_stream *stream, const request *r, choir_status status, const char *message);
+void stream_wake(choir_stream *stream);
+
+/* tick.c */
+bool scheduler_tick(choir_scheduler *s);
+/* scheduler.c */
+void scheduler_nudge(choir_scheduler *s);

@@ -1,0 +1,377 @@
+/* One tick, read aloud: take what was submitted, end what must end, resume who has room again, choose the
+ * rows of this step (decode rows first, then prefill chunks), step, hand out. */
+#include "scheduler/state.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* A waiting request gains one priority for every ten seconds, so that none starves. */
+enum { AGEING_SECONDS = 10 };
+
+static void take_mailbox(choir_scheduler *s)
+{
+    pthread_mutex_lock(&s->lock);
+    request *r = s->mailbox_first;
+    s->mailbox_first = s->mailbox_last = NULL;
+    s->nudged = false;
+    pthread_mutex_unlock(&s->lock);
+    while (r != NULL) {
+        request *next = r->next;
+        r->next = NULL;
+        for (uint32_t i = 0; i < r->n; i++) s->live[s->n_live++] = &r->sequences[i];
+        r = next;
+    }
+}
+
+static void end_what_must(choir_scheduler *s)
+{
+    uint64_t now = choir_clock_now();
+    for (uint32_t i = 0; i < s->n_live;) {
+        sequence *q = s->live[i];
+        request *r = q->of;
+        uint64_t slow_ns = (uint64_t)s->options.slow_reader_ms * CHOIR_MS;
+        if (atomic_load_explicit(&r->stream->cancelled, memory_order_acquire))
+            request_end(s, r, CHOIR_E_CANCELLED, "the client cancelled the request");
+        else if (r->deadline_ns != 0 && now >= r->deadline_ns)
+            request_end(s, r, CHOIR_E_DEADLINE, "the request's deadline has passed");
+        else if (q->state == SEQ_PAUSED && now - q->paused_since >= slow_ns)
+            request_end(s, r, CHOIR_E_CANCELLED, "the client reads too slowly");
+        else
+            i++; /* an end moves another sequence to this place */
+    }
+}
+
+/* Pauses who has no room for another delta, resumes who has room again. */
+static void watch_readers(choir_scheduler *s)
+{
+    for (uint32_t i = 0; i < s->n_live; i++) {
+        sequence *q = s->live[i];
+        if (q->state != SEQ_RUNNING && q->state != SEQ_PAUSED) continue;
+        bool room = stream_has_room(q->of->stream, q->of->n);
+        if (q->state == SEQ_RUNNING && !room) sequence_move(s, q, SEQ_PAUSED);
+        if (q->state == SEQ_PAUSED && room) sequence_move(s, q, SEQ_RUNNING);
+    }
+}
+
+static int64_t rank_of(const sequence *q, uint64_t now)
+{
+    uint64_t waited_s = (now - q->of->submitted_ns) / CHOIR_SECOND;
+    return (int64_t)q->of->priority + (int64_t)(waited_s / AGEING_SECONDS);
+}
+
+/* Higher rank first, then the earlier request, then the lower index. */
+static int by_rank(const void *a, const void *b, void *now)
+{
+    const sequence *x = *(sequence *const *)a, *y = *(sequence *const *)b;
+    int64_t p = rank_of(x, *(uint64_t *)now), q = rank_of(y, *(uint64_t *)now);
+    if (p != q) return p > q ? -1 : 1;
+    if (x->of->number != y->of->number) return x->of->number < y->of->number ? -1 : 1;
+    return x->index < y->index ? -1 : x->index > y->index;
+}
+
+static uint32_t pages_for(const choir_scheduler *s, uint32_t tokens)
+{
+    return (tokens + s->engine.page_tokens - 1) / s->engine.page_tokens;
+}
+
+static bool take_page(choir_scheduler *s, uint32_t *page)
+{
+    while (!kv_pages_take(&s->pages, page))
+        if (s->prefix == NULL || !prefix_cache_evict(s->prefix)) return false;
+    return true;
+}
+
+static void preempt(choir_scheduler *s, sequence *q)
+{
+    q->selected = false;
+    sequence_drop_pages(s, q, false);
+    sequence_move(s, q, SEQ_WAITING);
+    q->of->usage.n_preemptions++;
+    s->stats.n_preempted++;
+}
+
+/* The last in rank behind place `at` that holds pages; paused ones go first. */
+static sequence *find_victim(choir_scheduler *s, uint32_t at, uint32_t n)
+{
+    sequence *victim = NULL;
+    for (uint32_t i = 0; i < n; i++) {
+        sequence *q = s->order[i];
+        if (q->n_pages == 0 || q == s->order[at]) continue;
+        if (q->state == SEQ_PAUSED && !q->selected) return q;
+        if (q->state == SEQ_RUNNING && i > at) victim = q;
+    }
+    return victim;
+}
+
+/* Pages for the sequence at place `at` up to `tokens`; others behind it give theirs if they must. */
+static bool reserve(choir_scheduler *s, uint32_t at, uint32_t n, uint32_t tokens, bool may_preempt)
+{
+    sequence *q = s->order[at];
+    uint32_t need = pages_for(s, tokens);
+    CHOIR_ASSERT(need <= q->max_pages);
+    while (q->n_pages < need) {
+        if (take_page(s, &q->pages[q->n_pages])) {
+            q->n_pages++;
+            continue;
+        }
+        sequence *victim = may_preempt ? find_victim(s, at, n) : NULL;
+        if (victim == NULL) return false;
+        preempt(s, victim);
+    }
+    return true;
+}
+
+/* Full pages that the cache knows become the sequence's; at least the last token is left to compute. */
+static void match_prefix(choir_scheduler *s, sequence *q)
+{
+    uint32_t page_tokens = s->engine.page_tokens;
+    q->keys[0] = q->of->root;
+    if (s->prefix == NULL) return;
+    while ((q->n_pages + 1) * page_tokens < q->n_tokens) {
+        uint32_t i = q->n_pages;
+        const uint32_t *tokens = q->tokens + (size_t)i * page_tokens;
+        q->keys[i + 1] = prefix_child(q->keys[i], tokens, page_tokens);
+        if (!prefix_cache_find(s->prefix, q->keys[i], q->keys[i + 1], tokens, &q->pages[i])) break;
+        q->n_pages = q->n_registered = i + 1;
+    }
+    q->n_computed = q->n_pages * page_tokens;
+}
+
+/* A further sample takes over what the first has computed of the prompt: full pages are shared, the page
+ * in which the prompt ends is copied; only the prompt's last token is computed again. */
+static bool fork_from_first(choir_scheduler *s, sequence *q)
+{
+    const sequence *first = &q->of->sequences[0];
+    uint32_t shared = (q->n_prompt - 1) / s->engine.page_tokens;
+    bool partial = (q->n_prompt - 1) % s->engine.page_tokens != 0;
+    if (first->n_pages < pages_for(s, q->n_prompt)) return false; /* it was preempted meanwhile */
+    uint32_t copy = 0;
+    if (partial && !take_page(s, &copy)) return false;
+    memcpy(q->keys, first->keys, ((size_t)shared + 1) * sizeof *q->keys);
+    for (uint32_t i = 0; i < shared; i++) {
+        q->pages[i] = first->pages[i];
+        kv_pages_hold(&s->pages, q->pages[i]);
+    }
+    q->n_pages = q->n_registered = shared;
+    if (first->n_registered < shared) q->n_registered = first->n_registered;
+    if (partial) {
+        s->engine.copy_page(s->engine.engine, first->pages[shared], copy);
+        q->pages[q->n_pages++] = copy;
+    }
+    q->n_computed = q->n_prompt - 1;
+    return true;
+}
+
+static void select_rows(sequence *q, uint32_t n_rows, uint32_t *budget)
+{
+    q->selected = true;
+    q->n_rows = n_rows;
+    *budget -= n_rows;
+}
+
+static uint32_t n_pending(const sequence *q) { return q->n_tokens - q->n_computed; }
+
+static void select_decode(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
+{
+    for (uint32_t i = 0; i < n && *budget > 0; i++) {
+        sequence *q = s->order[i];
+        if (q->state != SEQ_RUNNING || n_pending(q) != 1) continue;
+        if (*n_selected == s->options.max_sequences) break;
+        if (!reserve(s, i, n, q->n_tokens, true)) {
+            preempt(s, q); /* nobody behind it can give: it waits itself */
+            continue;
+        }
+        select_rows(q, 1, budget);
+        ++*n_selected;
+    }
+}
+
+static void select_prefill(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
+{
+    for (uint32_t i = 0; i < n && *budget > 0 && *n_selected < s->options.max_sequences; i++) {
+        sequence *q = s->order[i];
+        if (q->state != SEQ_RUNNING || q->selected || n_pending(q) <= 1) continue;
+        uint32_t rows = n_pending(q) < *budget ? n_pending(q) : *budget;
+        if (!reserve(s, i, n, q->n_computed + rows, true)) {
+            preempt(s, q);
+            continue;
+        }
+        select_rows(q, rows, budget);
+        ++*n_selected;
+    }
+}
+
+static bool may_enter(const sequence *q)
+{
+    if (q->index == 0 || q->n_tokens > q->n_prompt) return true;
+    const sequence *first = &q->of->sequences[0];
+    return first->n_tokens > first->n_prompt; /* the prompt is computed */
+}
+
+/* Room for all that the sequence has still to compute, so that it is not thrown out again at once. */
+static bool has_room(choir_scheduler *s, const sequence *q, uint32_t n_running)
+{
+    if (n_running == 0) return true;
+    uint32_t need = pages_for(s, q->n_tokens + 1), have = q->n_pages + s->pages.n_free;
+    if (have >= need) return true;
+    return s->prefix != NULL && have + prefix_cache_n_idle(s->prefix) >= need;
+}
+
+static void note_admission(choir_scheduler *s, request *r, const sequence *q)
+{
+    if (r->admitted) return;
+    r->admitted = true;
+    r->first_step_ns = choir_clock_now();
+    r->usage.queue_ns = r->first_step_ns - r->submitted_ns;
+    r->usage.cached_tokens = q->n_computed;
+    s->stats.n_cached_tokens += q->n_computed;
+    s->stats.n_prompt_tokens += q->n_prompt;
+    pthread_mutex_lock(&s->lock);
+    s->n_not_admitted--;
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* Admits waiting sequences by rank while slots, rows and pages are there; the first that finds none ends
+ * it, so that nobody is overtaken for being large. */
+static void admit(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
+{
+    uint32_t n_running = 0;
+    for (uint32_t i = 0; i < n; i++)
+        n_running += s->order[i]->state == SEQ_RUNNING || s->order[i]->state == SEQ_PAUSED;
+    for (uint32_t i = 0; i < n && *budget > 0 && n_running < s->options.max_sequences; i++) {
+        sequence *q = s->order[i];
+        if (q->state != SEQ_WAITING || !may_enter(q)) continue;
+        bool fork = q->index > 0 && q->n_tokens == q->n_prompt;
+        if (!fork || !fork_from_first(s, q)) match_prefix(s, q);
+        uint32_t rows = n_pending(q) < *budget ? n_pending(q) : *budget;
+        if (!has_room(s, q, n_running) || !reserve(s, i, n, q->n_computed + rows, false)) {
+            sequence_drop_pages(s, q, false);
+            return;
+        }
+        sequence_move(s, q, SEQ_RUNNING);
+        note_admission(s, q->of, q);
+        n_running++;
+        if (*n_selected == s->options.max_sequences) return;
+        select_rows(q, rows, budget);
+        ++*n_selected;
+    }
+}
+
+static uint32_t choose(choir_scheduler *s)
+{
+    uint32_t budget = s->options.max_step_tokens, n_selected = 0, n = s->n_live;
+    uint64_t now = choir_clock_now();
+    memcpy(s->order, s->live, n * sizeof *s->order);
+    qsort_r(s->order, n, sizeof *s->order, by_rank, &now);
+    for (uint32_t i = 0; i < n; i++) s->order[i]->selected = false;
+    select_decode(s, n, &budget, &n_selected);
+    select_prefill(s, n, &budget, &n_selected);
+    admit(s, n, &budget, &n_selected);
+    uint32_t n_spans = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        sequence *q = s->order[i];
+        if (!q->selected) continue;
+        bool draws = q->n_rows == n_pending(q);
+        s->span_of[n_spans] = q;
+        s->spans[n_spans++] = (choir_span){.tokens = q->tokens + q->n_computed,
+                                           .n_tokens = q->n_rows,
+                                           .position = q->n_computed,
+                                           .pages = q->pages,
+                                           .n_pages = q->n_pages,
+                                           .n_logits = draws,
+                                           .sampler = draws ? q->sampler : NULL,
+                                           .routes = q->routes.experts != NULL ? &q->routes : NULL};
+    }
+    return n_spans;
+}
+
+static void register_pages(choir_scheduler *s, sequence *q)
+{
+    uint32_t page_tokens = s->engine.page_tokens;
+    for (; s->prefix != NULL && (q->n_registered + 1) * page_tokens <= q->n_computed; q->n_registered++) {
+        uint32_t i = q->n_registered;
+        const uint32_t *tokens = q->tokens + (size_t)i * page_tokens;
+        q->keys[i + 1] = prefix_child(q->keys[i], tokens, page_tokens);
+        prefix_cache_add(s->prefix, q->keys[i], q->keys[i + 1], tokens, q->pages[i]);
+    }
+}
+
+static void hand_out(choir_scheduler *s, uint32_t n_spans)
+{
+    for (uint32_t i = 0; i < n_spans; i++) {
+        sequence *q = s->span_of[i];
+        if (q->state == SEQ_ENDED) continue; /* its request ended with a sibling */
+        if (s->spans[i].status != CHOIR_OK) {
+            request_end(s, q->of, CHOIR_E_DATA_LOSS,
+                        "the model's logits hold NaN or Inf for this request");
+            continue;
+        }
+        q->n_computed += q->n_rows;
+        if (s->spans[i].sampler == NULL) {
+            register_pages(s, q);
+            continue;
+        }
+        register_pages(s, q);
+        sequence_take_token(s, q, &s->spans[i].sample);
+    }
+}
+
+static void free_ended(choir_scheduler *s)
+{
+    while (s->ended != NULL) {
+        request *r = s->ended;
+        s->ended = r->next;
+        request_destroy(r);
+    }
+}
+
+static void publish(choir_scheduler *s, bool worked)
+{
+    choir_scheduler_stats *t = &s->stats;
+    bool runnable = false;
+    t->n_running = t->n_waiting = t->n_paused = 0;
+    for (uint32_t i = 0; i < s->n_live; i++) {
+        t->n_running += s->live[i]->state == SEQ_RUNNING;
+        t->n_waiting += s->live[i]->state == SEQ_WAITING;
+        t->n_paused += s->live[i]->state == SEQ_PAUSED;
+        runnable = runnable || s->live[i]->state != SEQ_PAUSED;
+    }
+    t->n_pages = s->pages.n;
+    t->n_pages_free = s->pages.n_free;
+    if (worked || !runnable)
+        atomic_store_explicit(&s->last_progress_ns, choir_clock_now(), memory_order_release);
+    atomic_store_explicit(&s->busy, runnable, memory_order_release);
+    pthread_mutex_lock(&s->lock);
+    uint64_t accepted = s->published.n_accepted, refused = s->published.n_refused;
+    s->published = *t;
+    s->published.n_accepted = accepted;
+    s->published.n_refused = refused;
+    pthread_mutex_unlock(&s->lock);
+}
+
+bool scheduler_tick(choir_scheduler *s)
+{
+    take_mailbox(s);
+    end_what_must(s);
+    watch_readers(s);
+    uint32_t n_spans = choose(s);
+    if (n_spans > 0) {
+        /* Before the step: a step that hangs must be seen from outside as work without progress. */
+        atomic_store_explicit(&s->busy, true, memory_order_release);
+        uint64_t start = choir_clock_now();
+        choir_status status = s->engine.step(s->engine.engine, s->spans, n_spans);
+        s->stats.last_step_ns = choir_clock_now() - start;
+        s->stats.step_ns_total += s->stats.last_step_ns;
+        s->stats.n_steps++;
+        for (uint32_t i = 0; i < n_spans; i++) s->stats.rows_total += s->spans[i].n_tokens;
+        if (status == CHOIR_OK)
+            hand_out(s, n_spans);
+        else
+            for (uint32_t i = 0; i < n_spans; i++)
+                request_end(s, s->span_of[i]->of, status, choir_error_message());
+    }
+    free_ended(s);
+    s->stats.n_pages_cached = s->prefix != NULL ? prefix_cache_n_idle(s->prefix) : 0;
+    publish(s, n_spans > 0);
+    return n_spans > 0;
+}
