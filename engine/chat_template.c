@@ -319,6 +319,7 @@ choir_status choir_chat_template_render(const choir_chat_template *chat_template
     r.out = &out;
     r.frame = &top;
     CHOIR_TRY(template_pool_open(&r.pool, TEMPLATE_MAX_VALUES));
+    r.pool.line = &r.line;
     CHOIR_TRY_TO(done, status, template_exec_body(&r, r.tree->body->list, r.tree->body->n));
     if (out.data == NULL) out.data = choir_alloc(CHOIR_MEM_REQUESTS, 1);
     if (out.data == NULL) status = choir_fail(CHOIR_E_NO_MEMORY, "no memory for a rendered prompt");

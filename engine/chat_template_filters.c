@@ -270,7 +270,7 @@ FILTER(filter_wordcount)
     bool in_word = false;
     (void)all;
     CHOIR_TRY(template_to_string(r, slots[0], &s));
-    CHOIR_TRY(template_charge_bytes(r, 4 * s->bytes));
+    CHOIR_TRY(template_charge_bytes(r, 8 * s->bytes));
     for (size_t i = 0; i < s->bytes;) {
         uint32_t code;
         i += template_utf8_decode(s->data + i, s->bytes - i, &code);

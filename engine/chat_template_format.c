@@ -392,7 +392,6 @@ static choir_status format_value(template_text *t, template_value v, const char 
     template_render *r = t->r;
     spec s;
     template_string *string;
-    if (p == end) return template_text_str(t, v);
     CHOIR_TRY(parse_spec(r, p, end, &s));
     if (v.type == TEMPLATE_STRING) {
         bool zero = s.align == '=' && s.fill == '0';
@@ -518,6 +517,7 @@ static choir_status format_field(template_text *t, fields *f, const char *p, con
     }
     template_text specifier = {.r = r};
     if (q < end) CHOIR_TRY(format_into(&specifier, f, q + 1, end, depth + 1));
+    if (specifier.bytes == 0) return template_text_str(t, v);
     return format_value(t, v, specifier.data, specifier.data + specifier.bytes);
 }
 

@@ -207,7 +207,7 @@ static choir_status parse_subscript(template_parser *p, template_node *of, templ
     uint32_t line = template_peek(p)->line;
     template_node *bounds[3] = {NULL, NULL, NULL}, *node;
     p->at++;
-    if (template_peek(p)->kind == TOKEN_CLOSE_BRACKET)
+    if (template_peek(p)->kind == TOKEN_CLOSE_BRACKET || template_peek(p)->kind == TOKEN_COMMA)
         return template_refuse(line, "expected an index within [ ]");
     CHOIR_TRY(parse_slice_bound(p, &bounds[0]));
     if (template_peek(p)->kind != TOKEN_COLON) {

@@ -302,8 +302,10 @@ FILTER(filter_map)
         CHOIR_TRY(template_want_string(r, all->positional[0], "map's filter", &name));
     }
     template_arguments rest = *all;
-    rest.positional += all->n > 0;
-    rest.n -= all->n > 0;
+    if (all->n > 0) {
+        rest.positional++;
+        rest.n--;
+    }
     for (size_t i = 0; i < list->n; i++) {
         template_value v;
         if (name == NULL)

@@ -114,25 +114,27 @@ static choir_status window(template_render *r, template_value *slots, const char
     return CHOIR_OK;
 }
 
-/* From the right, step by step: what was compared is charged. *out is NULL where it is not found.
- */
+/* From the right, step by step, charged before what may be long comparisons. *out is NULL where it
+ * is not found. */
 static choir_status find_last(template_render *r, const char *from, const char *to,
                               const template_string *part, const char **out)
 {
     *out = NULL;
     if ((size_t)(to - from) < part->bytes) return CHOIR_OK;
-    const char *p = to - part->bytes;
-    while (p > from && memcmp(p, part->data, part->bytes) != 0) p--;
-    if (memcmp(p, part->data, part->bytes) == 0) *out = p;
-    size_t steps = (size_t)(to - p) / 64 + 1;
-    return template_charge(r, steps * (part->bytes / 64 + 1));
+    size_t n = (size_t)(to - from) - part->bytes, step = part->bytes / 64 + 1;
+    for (size_t i = 0; i <= n && *out == NULL; i++) {
+        const char *p = from + n - i;
+        if (i % 64 == 0) CHOIR_TRY(template_charge(r, step));
+        if (memcmp(p, part->data, part->bytes) == 0) *out = p;
+    }
+    return CHOIR_OK;
 }
 
 static choir_status find_first(template_render *r, const char *from, const char *to,
                                const template_string *part, const char **out)
 {
     *out = memmem(from, (size_t)(to - from), part->data, part->bytes);
-    return template_charge_bytes(r, (size_t)((*out == NULL ? to : *out) - from));
+    return template_charge_bytes(r, 4 * (size_t)((*out == NULL ? to : *out) - from));
 }
 
 static int64_t count_chars(const char *from, const char *to)
@@ -187,7 +189,7 @@ METHOD(str_count)
     (void)all;
     CHOIR_TRY(template_want_string(r, slots[1], "what is counted", &part));
     CHOIR_TRY(window(r, slots, &from, &to, &first, &nowhere));
-    CHOIR_TRY(template_charge_bytes(r, (size_t)(to - from)));
+    CHOIR_TRY(template_charge_bytes(r, 4 * (size_t)(to - from)));
     if (!nowhere && part->bytes == 0)
         n = count_chars(from, to) + 1;
     else if (!nowhere)
@@ -424,7 +426,7 @@ METHOD(str_replace)
     CHOIR_TRY(template_want_string(r, slots[2], "replace's second argument", &new));
     if (slots[3].type != TEMPLATE_NONE)
         CHOIR_TRY(template_want_int(r, slots[3], "replace's count", &count));
-    CHOIR_TRY(template_charge_bytes(r, s->bytes));
+    CHOIR_TRY(template_charge_bytes(r, 4 * s->bytes));
     while (count != 0) {
         const char *hit = memmem(p, (size_t)(end - p), old->data, old->bytes);
         if (hit == NULL) break;

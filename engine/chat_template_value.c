@@ -21,10 +21,15 @@ void template_pool_close(template_pool *pool)
 
 choir_status template_pool_alloc(template_pool *pool, size_t bytes, void *out)
 {
-    if (bytes > pool->limit - pool->used)
-        return choir_fail(CHOIR_E_FULL, "the chat template's values need more than %zu MiB",
+    if (bytes > pool->limit - pool->used) {
+        if (pool->line == NULL)
+            return choir_fail(CHOIR_E_FULL, "the chat template's tree needs more than %zu MiB",
+                              pool->limit >> 20);
+        return choir_fail(CHOIR_E_FULL,
+                          "line %u: the chat template's values need more than %zu MiB", *pool->line,
                           pool->limit >> 20);
-    size_t want = (bytes + 15) & ~(size_t)15;
+    }
+    size_t want = bytes == 0 ? 16 : (bytes + 15) & ~(size_t)15;
     if (want > pool->left) {
         size_t block = want > BLOCK_BYTES / 4 ? want : BLOCK_BYTES;
         char *p = choir_arena_alloc(pool->arena, block);
@@ -538,7 +543,7 @@ choir_status template_contains(template_render *r, template_value v, template_va
             return template_error(r, "'in <string>' requires string as left operand, not %s",
                                   template_type_name(v));
         *out = memmem(in.s->data, in.s->bytes, v.s->data, v.s->bytes) != NULL;
-        return template_charge_bytes(r, in.s->bytes);
+        return template_charge_bytes(r, 4 * in.s->bytes);
     }
     if (in.type == TEMPLATE_DICT || (in.type == TEMPLATE_VIEW && in.flag == TEMPLATE_KEYS)) {
         template_value *found = NULL;

@@ -16,6 +16,7 @@ typedef struct template_pool {
     choir_arena *arena;
     char *next; /* the free part of the newest block */
     size_t left, used, limit;
+    const uint32_t *line; /* of the render, for its sentence; NULL while compiling */
 } template_pool;
 
 choir_status template_pool_open(template_pool *pool, size_t limit);
