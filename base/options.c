@@ -11,7 +11,10 @@
 
 enum { MAX_CONFIG_BYTES = 1 << 20, FIRST_LONG = 256 };
 
-static void *member(void *values, const choir_option *o) { return (char *)values + o->offset; }
+static void *member(void *values, const choir_option *o)
+{
+    return (char *)values + o->offset;
+}
 
 static int edit_distance(const char *a, const char *b)
 {
@@ -44,7 +47,8 @@ static choir_status check_range(const choir_option *o, double value, const char 
 {
     if (o->min == 0 && o->max == 0) return CHOIR_OK;
     if (value >= o->min && value <= o->max) return CHOIR_OK;
-    return choir_fail(CHOIR_E_INVALID, "--%s is %s, must be %g to %g", o->name, text, o->min, o->max);
+    return choir_fail(CHOIR_E_INVALID, "--%s is %.80s, must be %.10g to %.10g", o->name, text,
+                      o->min, o->max);
 }
 
 /* "32", "32K", "8GiB", "1.5M": powers of 1024. */
@@ -54,7 +58,9 @@ static choir_status parse_count(const choir_option *o, const char *text, uint64_
     char *end;
     errno = 0;
     double value = strtod(text, &end);
-    bool good = end != text && errno == 0 && value >= 0 && isfinite(value);
+    /* strtod alone would also take "0x10", "1e3", "inf" and leading blanks. */
+    size_t digits = strspn(text, "0123456789.");
+    bool good = digits > 0 && end == text + digits && errno == 0 && isfinite(value);
     if (good && *end != '\0') {
         const char *suffix = strchr(suffixes, *end);
         good = suffix != NULL;
@@ -68,9 +74,10 @@ static choir_status parse_count(const choir_option *o, const char *text, uint64_
             end++;
         }
     }
+    /* Above 2^53 a double no longer holds every whole number. */
     if (!good || *end != '\0' || value != floor(value) || value > 9007199254740992.0)
-        return choir_fail(CHOIR_E_INVALID, "--%s is '%s', must be a whole number%s", o->name, text,
-                          o->kind == CHOIR_OPTION_SIZE ? " of bytes, like 8GiB or 512M" : "");
+        return choir_fail(CHOIR_E_INVALID, "--%s is '%.80s', must be a whole number%s", o->name,
+                          text, o->kind == CHOIR_OPTION_SIZE ? " of bytes, like 8GiB or 512M" : "");
     CHOIR_TRY(check_range(o, value, text));
     *out = (uint64_t)value;
     return CHOIR_OK;
@@ -81,7 +88,7 @@ static choir_status parse_real(const choir_option *o, const char *text, double *
     char *end;
     double value = strtod(text, &end);
     if (end == text || *end != '\0' || !isfinite(value))
-        return choir_fail(CHOIR_E_INVALID, "--%s is '%s', must be a number", o->name, text);
+        return choir_fail(CHOIR_E_INVALID, "--%s is '%.80s', must be a number", o->name, text);
     CHOIR_TRY(check_range(o, value, text));
     *out = value;
     return CHOIR_OK;
@@ -92,11 +99,17 @@ static choir_status set_value(const choir_option *o, const char *text, void *val
     void *to = member(values, o);
     choir_option_list *list = to;
     switch (o->kind) {
-    case CHOIR_OPTION_FLAG: *(bool *)to = true; return CHOIR_OK;
+    case CHOIR_OPTION_FLAG:
+        *(bool *)to = true;
+        return CHOIR_OK;
     case CHOIR_OPTION_COUNT:
-    case CHOIR_OPTION_SIZE: return parse_count(o, text, to);
-    case CHOIR_OPTION_REAL: return parse_real(o, text, to);
-    case CHOIR_OPTION_TEXT: *(const char **)to = text; return CHOIR_OK;
+    case CHOIR_OPTION_SIZE:
+        return parse_count(o, text, to);
+    case CHOIR_OPTION_REAL:
+        return parse_real(o, text, to);
+    case CHOIR_OPTION_TEXT:
+        *(const char **)to = text;
+        return CHOIR_OK;
     case CHOIR_OPTION_LIST:
         if (list->n == CHOIR_MAX_LIST)
             return choir_fail(CHOIR_E_INVALID, "--%s is given more than %d times", o->name,
@@ -114,12 +127,13 @@ static const choir_option *find_option(const choir_option *table, uint32_t n, co
     return NULL;
 }
 
-static choir_status unknown(const choir_option *table, uint32_t n, const char *name, const char *where)
+static choir_status unknown(const choir_option *table, uint32_t n, const char *name,
+                            const char *where)
 {
     const char *names[CHOIR_MAX_OPTIONS];
     for (uint32_t i = 0; i < n; i++) names[i] = table[i].name;
-    return choir_fail(CHOIR_E_INVALID, "%s'%.80s' is no option here; the nearest is --%s", where, name,
-                      choir_nearest(name, names, n));
+    return choir_fail(CHOIR_E_INVALID, "%s'%.80s' is no option here; the nearest is --%s", where,
+                      name, choir_nearest(name, names, n));
 }
 
 /* One value of the config file; numbers are taken as JSON writes them, sizes also as "8GiB". */
@@ -147,8 +161,8 @@ static choir_status set_from_file(const choir_option *o, json_t *value, void *va
     return set_value(o, number, values);
 }
 
-static choir_status read_config(const choir_option *table, uint32_t n, const char *path, void *values,
-                                choir_arguments *out)
+static choir_status read_config(const choir_option *table, uint32_t n, const char *path,
+                                void *values, choir_arguments *out)
 {
     char *text;
     size_t bytes;
@@ -162,7 +176,8 @@ static choir_status read_config(const choir_option *table, uint32_t n, const cha
                           root == NULL ? error.text : "must be a JSON object of options");
     const char *key;
     json_t *value;
-    json_object_foreach (root, key, value) {
+    json_object_foreach(root, key, value)
+    {
         const choir_option *o = find_option(table, n, key);
         char where[300];
         snprintf(where, sizeof where, "%.250s: ", path);
@@ -185,16 +200,24 @@ static const char *find_config(int argc, char **argv)
     return path;
 }
 
+/* getopt refused argv[optind - 1]: a letter or a name it does not know, or "--flag=value". */
+static choir_status refused(const choir_option *table, uint32_t n, char **argv)
+{
+    char name[100];
+    if (optopt >= FIRST_LONG)
+        return choir_fail(CHOIR_E_INVALID, "--%s takes no value", table[optopt - FIRST_LONG].name);
+    if (optopt != 0)
+        return choir_fail(CHOIR_E_INVALID, "'-%c' is no option here; see --help", optopt);
+    const char *given = argv[optind - 1];
+    while (*given == '-') given++;
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(given, "="), given);
+    return unknown(table, n, name, "");
+}
+
 static choir_status take_option(const choir_option *table, uint32_t n, int found, char **argv,
                                 void *values, choir_arguments *out)
 {
-    if (found == '?') {
-        const char *given = argv[optind - 1];
-        if (optopt != 0 && optopt < FIRST_LONG)
-            return choir_fail(CHOIR_E_INVALID, "'-%c' is no option here; see --help", optopt);
-        while (*given == '-') given++;
-        return unknown(table, n, given, "");
-    }
+    if (found == '?') return refused(table, n, argv);
     if (found == ':') return choir_fail(CHOIR_E_INVALID, "%s needs a value", argv[optind - 1]);
     for (uint32_t i = 0; i < n; i++) {
         if (found != FIRST_LONG + (int)i && (table[i].letter == 0 || found != table[i].letter))
@@ -244,6 +267,18 @@ void choir_options_free(choir_arguments *arguments)
     arguments->config = NULL;
 }
 
+/* "8GiB", or plain bytes where no unit divides them: what the same option would take. */
+static void format_size(uint64_t size, char *out, size_t bytes)
+{
+    static const char *const units[] = {"", "KiB", "MiB", "GiB", "TiB"};
+    int unit = 0;
+    while (unit < 4 && size > 0 && size % 1024 == 0) {
+        size /= 1024;
+        unit++;
+    }
+    snprintf(out, bytes, "%llu%s", (unsigned long long)size, units[unit]);
+}
+
 /* The value as a person would write it; "" for what is not set. */
 static void format_value(const choir_option *o, const void *values, char *out, size_t bytes)
 {
@@ -252,19 +287,26 @@ static void format_value(const choir_option *o, const void *values, char *out, s
     const char *text;
     out[0] = '\0';
     switch (o->kind) {
-    case CHOIR_OPTION_FLAG: snprintf(out, bytes, "%s", *(const bool *)from ? "on" : "off"); break;
+    case CHOIR_OPTION_FLAG:
+        snprintf(out, bytes, "%s", *(const bool *)from ? "on" : "off");
+        break;
     case CHOIR_OPTION_COUNT:
-    case CHOIR_OPTION_SIZE:
         snprintf(out, bytes, "%llu", (unsigned long long)*(const uint64_t *)from);
         break;
-    case CHOIR_OPTION_REAL: snprintf(out, bytes, "%g", *(const double *)from); break;
+    case CHOIR_OPTION_SIZE:
+        format_size(*(const uint64_t *)from, out, bytes);
+        break;
+    case CHOIR_OPTION_REAL:
+        snprintf(out, bytes, "%g", *(const double *)from);
+        break;
     case CHOIR_OPTION_TEXT:
         text = *(const char *const *)from;
         if (text != NULL) snprintf(out, bytes, "%s", text);
         break;
     case CHOIR_OPTION_LIST:
         for (uint32_t i = 0; i < list->n && strlen(out) + 2 < bytes; i++)
-            snprintf(out + strlen(out), bytes - strlen(out), "%s%s", i > 0 ? " " : "", list->item[i]);
+            snprintf(out + strlen(out), bytes - strlen(out), "%s%s", i > 0 ? " " : "",
+                     list->item[i]);
         break;
     }
 }
@@ -281,8 +323,10 @@ void choir_options_print_help(const choir_option *table, uint32_t n, const void 
         format_value(o, defaults, value, sizeof value);
         bool shown = o->kind != CHOIR_OPTION_FLAG && value[0] != '\0' && strcmp(value, "0") != 0 &&
                      strcmp(value, "-1") != 0;
-        fprintf(to, "  %-32s %s%s%s%s\n", left, o->help, shown ? " [" : "", shown ? value : "",
-                shown ? "]" : "");
+        /* A long name pushes its text to the next line, so that texts stay in one column. */
+        fprintf(to, "  %-32s%s%s%s%s%s\n", left,
+                strlen(left) < 32 ? " " : "\n                                   ", o->help,
+                shown ? " [" : "", shown ? value : "", shown ? "]" : "");
     }
 }
 
