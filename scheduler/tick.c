@@ -144,7 +144,7 @@ static bool fork_from_first(choir_scheduler *s, sequence *q)
     const sequence *first = &q->of->sequences[0];
     uint32_t shared = (q->n_prompt - 1) / s->engine.page_tokens;
     bool partial = (q->n_prompt - 1) % s->engine.page_tokens != 0;
-    if (first->n_pages < pages_for(s, q->n_prompt)) return false; /* it was preempted meanwhile */
+    if (first->n_computed + 1 < q->n_prompt) return false; /* it was preempted meanwhile, or has ended */
     uint32_t copy = 0;
     if (partial && !take_page(s, &copy)) return false;
     memcpy(q->keys, first->keys, ((size_t)shared + 1) * sizeof *q->keys);

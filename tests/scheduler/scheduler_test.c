@@ -1,0 +1,463 @@
+/* The scheduler over a simulated engine with a fake clock: every request gets the tokens it gets alone,
+ * whoever runs beside it; whatever happens, pages and requests come back. FAULTS 12 to 16, 26 to 29. */
+#include "scheduler/state.h"
+#include "tests/scheduler/simulated_engine.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+enum { MAX_TOKENS = 256 };
+
+static uint64_t fake_now;
+static uint64_t read_clock(void *user)
+{
+    (void)user;
+    return fake_now;
+}
+
+static uint64_t random_state;
+static uint32_t pick(uint32_t n)
+{
+    random_state = random_state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    return (uint32_t)(random_state >> 33) % n;
+}
+
+typedef struct world {
+    simulated_engine *engine;
+    choir_scheduler *scheduler;
+} world;
+
+static world make_world(uint32_t n_pages, choir_scheduler_options options)
+{
+    world w = {.engine = simulated_engine_create(n_pages)};
+    const choir_step_engine step = simulated_step_engine(w.engine);
+    options.manual = true;
+    assert_int_equal(choir_scheduler_create(&step, &options, &w.scheduler), CHOIR_OK);
+    return w;
+}
+
+static choir_scheduler_options small_options(void)
+{
+    choir_scheduler_options o = CHOIR_SCHEDULER_OPTIONS_DEFAULT;
+    o.max_sequences = 8;
+    o.max_step_tokens = 24;
+    o.max_queued = 16;
+    return o;
+}
+
+/* Everything is back: only the prefix cache holds pages. */
+static void assert_quiet(world *w)
+{
+    choir_scheduler_stats stats;
+    choir_scheduler_tick(w->scheduler);
+    choir_scheduler_get_stats(w->scheduler, &stats);
+    assert_int_equal(stats.n_running + stats.n_waiting + stats.n_paused, 0);
+    assert_int_equal(stats.n_pages_free + stats.n_pages_cached, stats.n_pages);
+    assert_true(choir_scheduler_idle(w->scheduler));
+    assert_true(stats.healthy);
+}
+
+static void end_world(world *w)
+{
+    choir_scheduler_destroy(w->scheduler);
+    simulated_engine_destroy(w->engine);
+}
+
+typedef struct answer {
+    uint32_t tokens[4][MAX_TOKENS], n[4];
+    choir_status status;
+    bool done;
+    choir_usage usage;
+    choir_finish finish[4];
+} answer;
+
+/* Reads what is there. True once DONE has come. */
+static bool drain(choir_stream *stream, answer *a)
+{
+    choir_event e;
+    while (!a->done && choir_stream_next(stream, &e)) {
+        if (e.kind == CHOIR_EVENT_DELTA)
+            for (uint32_t i = 0; i < e.n_tokens; i++) a->tokens[e.index][a->n[e.index]++] = e.tokens[i];
+        if (e.kind != CHOIR_EVENT_DONE) continue;
+        a->done = true;
+        a->status = e.status;
+        a->usage = e.usage;
+        if (e.n_finish > 0) memcpy(a->finish, e.finish, (e.n_finish < 4 ? e.n_finish : 4) * sizeof *e.finish);
+    }
+    return a->done;
+}
+
+static choir_request plain_request(const uint32_t *tokens, size_t n, uint32_t max_tokens, uint64_t seed)
+{
+    choir_request r = {.id = "test", .tokens = tokens, .n_tokens = n, .max_tokens = max_tokens, .n = 1,
+                       .sampling = CHOIR_SAMPLING_DEFAULT};
+    r.sampling.seed = seed;
+    return r;
+}
+
+static answer run_alone(const choir_request *asked)
+{
+    choir_scheduler_options o = small_options();
+    o.prefix_cache = false;
+    world w = make_world(128, o);
+    answer a = {0};
+    choir_stream *stream;
+    choir_request r = *asked;
+    r.deadline_ns = 0;
+    assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &stream), CHOIR_OK);
+    while (!drain(stream, &a)) choir_scheduler_tick(w.scheduler);
+    choir_stream_release(stream);
+    assert_quiet(&w);
+    end_world(&w);
+    return a;
+}
+
+static void test_one_request(void **state)
+{
+    (void)state;
+    const uint32_t tokens[] = {5, 6, 7, 8, 9, 10, 11};
+    choir_request r = plain_request(tokens, 7, 20, 1);
+    r.ignore_eos = true;
+    answer a = run_alone(&r), b = run_alone(&r);
+    assert_int_equal(a.status, CHOIR_OK);
+    assert_int_equal(a.n[0], 20);
+    assert_int_equal(a.finish[0], CHOIR_FINISH_LENGTH);
+    assert_memory_equal(a.tokens[0], b.tokens[0], 20 * sizeof(uint32_t));
+}
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    world w = make_world(32, small_options());
+    uint32_t tokens[200] = {0}, bad = 64;
+    choir_stream *stream;
+#define REFUSED(expected, change)                                                                  \
+    do {                                                                                           \
+        choir_request r = plain_request(tokens, 4, 4, 1);                                          \
+        change;                                                                                    \
+        assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &stream), expected);  \
+        assert_true(strlen(choir_error_message()) > 10);                                           \
+    } while (0)
+    REFUSED(CHOIR_E_INVALID, r.n_tokens = 0);
+    REFUSED(CHOIR_E_INVALID, r.n_tokens = 128); /* 32 pages of 4 hold 128, the answer needs one more */
+    REFUSED(CHOIR_E_INVALID, r.tokens = &bad; r.n_tokens = 1);
+    REFUSED(CHOIR_E_INVALID, r.n = 0);
+    REFUSED(CHOIR_E_INVALID, r.n = 65);
+    REFUSED(CHOIR_E_INVALID, r.n_stops = 17);
+    REFUSED(CHOIR_E_INVALID, r.n_stop_ids = 65);
+    REFUSED(CHOIR_E_INVALID, r.sampling.temperature = -1);
+    const char *const stops[] = {""};
+    REFUSED(CHOIR_E_INVALID, r.stops = stops; r.n_stops = 1);
+    choir_scheduler_drain(w.scheduler);
+    REFUSED(CHOIR_E_UNAVAILABLE, (void)0);
+    assert_quiet(&w);
+    end_world(&w);
+}
+
+static void test_queue_is_bounded(void **state)
+{
+    (void)state;
+    world w = make_world(32, small_options());
+    choir_stream *streams[17];
+    const uint32_t tokens[] = {4, 5, 6};
+    for (int i = 0; i < 17; i++) {
+        choir_request r = plain_request(tokens, 3, 4, 1);
+        choir_status want = i < 16 ? CHOIR_OK : CHOIR_E_FULL;
+        assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &streams[i]), want);
+    }
+    assert_true(choir_scheduler_retry_ms(w.scheduler) >= 50);
+    while (choir_scheduler_tick(w.scheduler))
+        ;
+    for (int i = 0; i < 16; i++) choir_stream_release(streams[i]);
+    assert_quiet(&w);
+    end_world(&w);
+}
+
+/* A second request with the same beginning finds it; another tenant's does not. */
+static void test_prefix_cache(void **state)
+{
+    (void)state;
+    world w = make_world(64, small_options());
+    uint32_t tokens[30];
+    for (uint32_t i = 0; i < 30; i++) tokens[i] = 4 + i;
+    uint32_t cached[3];
+    for (int i = 0; i < 3; i++) {
+        choir_request r = plain_request(tokens, 30, 5, 9);
+        r.cache_salt = i == 2;
+        r.ignore_eos = true;
+        answer a = {0}, alone = run_alone(&r);
+        choir_stream *stream;
+        assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &stream), CHOIR_OK);
+        while (!drain(stream, &a)) choir_scheduler_tick(w.scheduler);
+        choir_stream_release(stream);
+        assert_memory_equal(a.tokens[0], alone.tokens[0], 5 * sizeof(uint32_t));
+        cached[i] = a.usage.cached_tokens;
+    }
+    assert_int_equal(cached[0], 0);
+    assert_int_equal(cached[1], 28);
+    assert_int_equal(cached[2], 0);
+    assert_quiet(&w);
+    end_world(&w);
+}
+
+static void test_samples_share_the_prompt(void **state)
+{
+    (void)state;
+    uint32_t tokens[23];
+    for (uint32_t i = 0; i < 23; i++) tokens[i] = 4 + i;
+    for (uint32_t n_prompt = 20; n_prompt <= 23; n_prompt++) {
+        world w = make_world(64, small_options());
+        choir_request r = plain_request(tokens, n_prompt, 6, 5);
+        r.n = 4;
+        r.ignore_eos = true;
+        answer a = {0};
+        choir_stream *stream;
+        assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &stream), CHOIR_OK);
+        while (!drain(stream, &a)) choir_scheduler_tick(w.scheduler);
+        choir_stream_release(stream);
+        /* The prompt once, its last token again for each further sample, then five inputs each. */
+        assert_int_equal(w.engine->n_tokens, n_prompt + 3 + 4 * 5);
+        for (uint32_t i = 0; i < 4; i++) assert_int_equal(a.n[i], 6);
+        assert_true(memcmp(a.tokens[0], a.tokens[1], 6 * sizeof(uint32_t)) != 0);
+        assert_quiet(&w);
+        end_world(&w);
+    }
+}
+
+/* FAULTS 28: the poisoned request ends, its pages are wiped and unknown; its neighbour goes on. */
+static void test_poisoned_request(void **state)
+{
+    (void)state;
+    world w = make_world(64, small_options());
+    w.engine->poison = 60;
+    uint32_t bad[] = {5, 6, 7, 8, 60, 9, 10, 11, 12}, good[] = {5, 6, 7, 8, 9, 10};
+    choir_request r = plain_request(bad, 9, 8, 1), g = plain_request(good, 6, 8, 1);
+    g.sampling.logit_bias = &(choir_logit_bias){60, -100};
+    g.sampling.n_logit_bias = 1;
+    answer a = {0}, b = {0};
+    choir_stream *sa, *sb;
+    assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &sa), CHOIR_OK);
+    assert_int_equal(choir_scheduler_submit(w.scheduler, &g, NULL, NULL, &sb), CHOIR_OK);
+    while (!drain(sa, &a) | !drain(sb, &b)) choir_scheduler_tick(w.scheduler);
+    assert_int_equal(a.status, CHOIR_E_DATA_LOSS);
+    assert_int_equal(b.status, CHOIR_OK);
+    choir_stream_release(sa);
+    choir_stream_release(sb);
+    for (uint32_t i = 0; i < w.engine->n_pages * w.engine->page_tokens; i++)
+        assert_true(w.engine->kv[i] != 61);
+    assert_quiet(&w);
+    end_world(&w);
+}
+
+static void hang(void *user)
+{
+    world *w = user;
+    choir_scheduler_stats stats;
+    fake_now += 31 * CHOIR_SECOND; /* the step takes longer than stall_ms */
+    choir_scheduler_get_stats(w->scheduler, &stats);
+    assert_false(stats.healthy);
+}
+
+/* FAULTS 26, 27: a step that hangs is seen from outside; an idle scheduler is healthy for ever. */
+static void test_watchdog(void **state)
+{
+    (void)state;
+    world w = make_world(64, small_options());
+    choir_scheduler_stats stats;
+    fake_now += 3600 * CHOIR_SECOND;
+    choir_scheduler_get_stats(w.scheduler, &stats);
+    assert_true(stats.healthy);
+    const uint32_t tokens[] = {4, 5, 6};
+    choir_request r = plain_request(tokens, 3, 2, 1);
+    choir_stream *stream;
+    assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &stream), CHOIR_OK);
+    choir_scheduler_tick(w.scheduler);
+    w.engine->before_step = hang;
+    w.engine->user = &w;
+    choir_scheduler_tick(w.scheduler);
+    w.engine->before_step = NULL;
+    choir_scheduler_get_stats(w.scheduler, &stats);
+    assert_true(stats.healthy);
+    choir_stream_release(stream);
+    assert_quiet(&w);
+    end_world(&w);
+}
+
+/* FAULTS 12: the slow one pauses, the other finishes; after slow_reader_ms the slow one is ended. */
+static void test_slow_reader(void **state)
+{
+    (void)state;
+    choir_scheduler_options o = small_options();
+    world w = make_world(128, o);
+    w.scheduler->options.outbox_bytes = 2048; /* below the floor, so that few tokens fill it */
+    const uint32_t tokens[] = {4, 5, 6};
+    choir_request r = plain_request(tokens, 3, 100, 1), fast = plain_request(tokens, 3, 100, 2);
+    r.ignore_eos = fast.ignore_eos = true;
+    answer a = {0}, b = {0};
+    choir_stream *slow, *quick;
+    assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &slow), CHOIR_OK);
+    assert_int_equal(choir_scheduler_submit(w.scheduler, &fast, NULL, NULL, &quick), CHOIR_OK);
+    while (!drain(quick, &b)) choir_scheduler_tick(w.scheduler);
+    choir_scheduler_stats stats;
+    choir_scheduler_get_stats(w.scheduler, &stats);
+    assert_int_equal(stats.n_paused, 1);
+    assert_true(stats.healthy);
+    fake_now += (uint64_t)o.slow_reader_ms * CHOIR_MS;
+    choir_scheduler_tick(w.scheduler);
+    while (!drain(slow, &a)) choir_scheduler_tick(w.scheduler);
+    assert_int_equal(a.status, CHOIR_E_CANCELLED);
+    choir_stream_release(slow);
+    choir_stream_release(quick);
+    assert_quiet(&w);
+    end_world(&w);
+}
+
+static void test_warm_ticks_allocate_nothing(void **state)
+{
+    (void)state;
+    world w = make_world(128, small_options());
+    const uint32_t tokens[] = {4, 5, 6};
+    choir_stream *streams[4];
+    for (uint32_t i = 0; i < 4; i++) {
+        choir_request r = plain_request(tokens, 3, 120, i);
+        r.ignore_eos = true;
+        assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &streams[i]), CHOIR_OK);
+    }
+    for (int i = 0; i < 10; i++) choir_scheduler_tick(w.scheduler);
+    uint64_t before = choir_memory_n_allocs();
+    for (int i = 0; i < 100; i++) assert_true(choir_scheduler_tick(w.scheduler));
+    assert_int_equal(choir_memory_n_allocs(), before);
+    for (uint32_t i = 0; i < 4; i++) choir_stream_release(streams[i]);
+    assert_quiet(&w);
+    end_world(&w);
+}
+
+/* -- the simulation ------------------------------------------------------------------------------- */
+
+enum { N_SLOTS = 24 };
+
+typedef struct client {
+    bool busy, reads, will_cancel;
+    choir_stream *stream;
+    choir_request request;
+    uint32_t tokens[64];
+    answer got;
+    uint32_t cancel_in;
+} client;
+
+static void start_client(world *w, client *c, const uint32_t *common)
+{
+    *c = (client){.busy = true, .reads = pick(10) > 0};
+    uint32_t n = 1 + pick(40), shared = pick(3) > 0 ? pick(n) : 0;
+    for (uint32_t i = 0; i < n; i++) c->tokens[i] = i < shared ? common[i] : 4 + pick(50);
+    c->request = plain_request(c->tokens, n, 1 + pick(40), pick(1000));
+    c->request.n = pick(6) == 0 ? 1 + pick(3) : 1;
+    c->request.priority = (int32_t)pick(3) - 1;
+    c->request.cache_salt = pick(2);
+    c->request.ignore_eos = pick(2) == 0;
+    c->request.sampling.temperature = pick(3) == 0 ? 0 : 1;
+    c->will_cancel = pick(5) == 0;
+    c->cancel_in = pick(40);
+    if (pick(8) == 0) c->request.deadline_ns = fake_now + pick(200) * CHOIR_MS;
+    if (pick(16) == 0) choir_memory_fail_at(1 + pick(20));
+    choir_status status = choir_scheduler_submit(w->scheduler, &c->request, NULL, NULL, &c->stream);
+    choir_memory_fail_at(0);
+    if (status != CHOIR_OK) {
+        assert_true(status == CHOIR_E_FULL || status == CHOIR_E_NO_MEMORY);
+        c->busy = false;
+    }
+}
+
+static void check_answer(const client *c)
+{
+    const answer *a = &c->got;
+    if (a->status != CHOIR_OK) {
+        bool expected = (a->status == CHOIR_E_CANCELLED && (c->will_cancel || !c->reads)) ||
+                        (a->status == CHOIR_E_DEADLINE && c->request.deadline_ns != 0);
+        if (!expected) fail_msg("a request ended with %s", choir_status_text(a->status));
+        return;
+    }
+    choir_request r = c->request;
+    r.tokens = c->tokens;
+    answer alone = run_alone(&r);
+    for (uint32_t i = 0; i < r.n; i++) {
+        assert_int_equal(a->n[i], alone.n[i]);
+        assert_memory_equal(a->tokens[i], alone.tokens[i], a->n[i] * sizeof(uint32_t));
+    }
+}
+
+static void simulate(uint64_t seed, uint32_t n_pages, uint32_t n_rounds, uint64_t *n_preempted)
+{
+    random_state = seed;
+    world w = make_world(n_pages, small_options());
+    static client clients[N_SLOTS];
+    memset(clients, 0, sizeof clients);
+    uint32_t common[64];
+    for (uint32_t i = 0; i < 64; i++) common[i] = 4 + pick(50);
+    for (uint32_t round = 0;; round++) {
+        bool any = false;
+        for (uint32_t i = 0; i < N_SLOTS; i++) {
+            client *c = &clients[i];
+            if (!c->busy && round < n_rounds && pick(4) == 0) start_client(&w, c, common);
+            if (!c->busy) continue;
+            any = true;
+            if (c->will_cancel && c->cancel_in-- == 0) choir_stream_cancel(c->stream);
+            if (!c->reads && round < n_rounds) continue;
+            if (!drain(c->stream, &c->got)) continue;
+            check_answer(c);
+            choir_stream_release(c->stream);
+            c->busy = false;
+        }
+        if (!any && round >= n_rounds) break;
+        fake_now += pick(3) * CHOIR_MS;
+        choir_scheduler_tick(w.scheduler);
+        assert_true(round < n_rounds + 20000); /* nobody starves */
+    }
+    choir_scheduler_stats stats;
+    choir_scheduler_get_stats(w.scheduler, &stats);
+    *n_preempted += stats.n_preempted;
+    assert_quiet(&w);
+    end_world(&w);
+}
+
+static void test_simulation(void **state)
+{
+    (void)state;
+    uint64_t n_preempted = 0;
+    for (uint64_t seed = 1; seed <= 12; seed++) {
+        print_message("seed %llu\n", (unsigned long long)seed);
+        simulate(seed, seed % 3 == 0 ? 400 : 24, 300, &n_preempted);
+    }
+    print_message("%llu preemptions\n", (unsigned long long)n_preempted);
+    assert_true(n_preempted > 20);
+}
+
+static int use_fake_clock(void **state)
+{
+    (void)state;
+    fake_now = 1000 * CHOIR_SECOND;
+    choir_clock_replace(read_clock, NULL);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_one_request),
+        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_queue_is_bounded),
+        cmocka_unit_test(test_prefix_cache),
+        cmocka_unit_test(test_samples_share_the_prompt),
+        cmocka_unit_test(test_poisoned_request),
+        cmocka_unit_test(test_watchdog),
+        cmocka_unit_test(test_slow_reader),
+        cmocka_unit_test(test_warm_ticks_allocate_nothing),
+        cmocka_unit_test(test_simulation),
+    };
+    return cmocka_run_group_tests(tests, use_fake_clock, NULL);
+}

@@ -1,0 +1,107 @@
+#include "tests/scheduler/simulated_engine.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { PAGE_TOKENS = 4, VOCAB = 64, MAX_ROWS = 64, MAX_SPANS = 16 };
+
+simulated_engine *simulated_engine_create(uint32_t n_pages)
+{
+    simulated_engine *e = calloc(1, sizeof *e);
+    *e = (simulated_engine){n_pages, PAGE_TOKENS, VOCAB, MAX_ROWS, MAX_SPANS,
+                            calloc((size_t)n_pages * PAGE_TOKENS, sizeof(uint32_t))};
+    return e;
+}
+
+void simulated_engine_destroy(simulated_engine *e)
+{
+    free(e->kv);
+    free(e);
+}
+
+static uint64_t mix(uint64_t h, uint64_t x)
+{
+    h = (h ^ x) * UINT64_C(0x9E3779B97F4A7C15);
+    return h ^ h >> 29;
+}
+
+static void run_span(simulated_engine *e, choir_span *span)
+{
+    CHOIR_ASSERT(span->n_tokens > 0);
+    CHOIR_ASSERT(span->position + span->n_tokens <= span->n_pages * e->page_tokens);
+    for (uint32_t i = 0; i < span->n_tokens; i++) {
+        uint32_t at = span->position + i;
+        e->kv[span->pages[at / e->page_tokens] * e->page_tokens + at % e->page_tokens] =
+            span->tokens[i] + 1;
+    }
+    span->status = CHOIR_OK;
+    e->n_tokens += span->n_tokens;
+    if (span->sampler == NULL) return;
+    uint64_t h = 1;
+    bool poisoned = false;
+    for (uint32_t at = 0; at < span->position + span->n_tokens; at++) {
+        uint32_t kv = e->kv[span->pages[at / e->page_tokens] * e->page_tokens + at % e->page_tokens];
+        CHOIR_ASSERT(kv != 0); /* a position that nobody has computed */
+        poisoned = poisoned || (e->poison != 0 && kv == e->poison + 1);
+        h = mix(h, kv);
+    }
+    float logits[VOCAB];
+    _Alignas(64) char scratch[VOCAB * 8];
+    for (uint32_t v = 0; v < VOCAB; v++)
+        logits[v] = poisoned ? NAN : (float)(mix(h, v + 7) >> 40) / (float)(1 << 20);
+    span->status = choir_sampler_draw(span->sampler, choir_kernels_at(CHOIR_CPU_REFERENCE), logits,
+                                      scratch, &span->sample);
+}
+
+static choir_status step(void *engine, choir_span *spans, uint32_t n_spans)
+{
+    simulated_engine *e = engine;
+    uint32_t rows = 0;
+    if (e->before_step != NULL) e->before_step(e->user);
+    CHOIR_ASSERT(n_spans > 0 && n_spans <= e->max_spans);
+    /* Rule 2 of kv_pages.h: no page is written by one span and touched by another in the same step. */
+    for (uint32_t i = 0; i < n_spans; i++)
+        for (uint32_t p = spans[i].position / e->page_tokens; p < spans[i].n_pages; p++)
+            for (uint32_t j = 0; j < n_spans; j++)
+                for (uint32_t r = 0; r < spans[j].n_pages; r++)
+                    CHOIR_ASSERT(i == j || spans[i].pages[p] != spans[j].pages[r]);
+    for (uint32_t i = 0; i < n_spans; i++) {
+        run_span(e, &spans[i]);
+        rows += spans[i].n_tokens;
+    }
+    CHOIR_ASSERT(rows <= e->max_rows);
+    e->n_steps++;
+    return CHOIR_OK;
+}
+
+static void copy_page(void *engine, uint32_t from, uint32_t to)
+{
+    simulated_engine *e = engine;
+    memcpy(e->kv + to * e->page_tokens, e->kv + from * e->page_tokens,
+           e->page_tokens * sizeof *e->kv);
+}
+
+static void zero_page(void *engine, uint32_t page)
+{
+    simulated_engine *e = engine;
+    memset(e->kv + page * e->page_tokens, 0, e->page_tokens * sizeof *e->kv);
+}
+
+choir_step_engine simulated_step_engine(simulated_engine *e)
+{
+    static const int32_t eos[] = {3};
+    return (choir_step_engine){.engine = e,
+                               .step = step,
+                               .copy_page = copy_page,
+                               .zero_page = zero_page,
+                               .n_pages = e->n_pages,
+                               .page_tokens = e->page_tokens,
+                               .vocab = e->vocab,
+                               .max_positions = 256,
+                               .max_rows = e->max_rows,
+                               .max_spans = e->max_spans,
+                               .digest = 42,
+                               .eos_ids = eos,
+                               .n_eos = 1};
+}
