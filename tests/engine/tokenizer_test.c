@@ -1,0 +1,167 @@
+/* Text to ids against what Hugging Face tokenizers gave (tests/oracle/make_tokenizers.py), and the
+ * faults that a hostile file or text can bring. */
+#include "base/base.h"
+#include "engine/gguf.h"
+#include "engine/tokenizer.h"
+
+#include <dirent.h>
+#include <jansson.h>
+#include <limits.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#define ROOT "tests/fixtures/tokenizer"
+
+static json_t *load(const char *path)
+{
+    json_error_t error;
+    json_t *root = json_load_file(path, JSON_ALLOW_NUL, &error);
+    if (root == NULL) fail_msg("%s: %s", path, error.text);
+    return root;
+}
+
+/* A case's tokenizer.json: its parts and the model that it names. */
+static char *assemble(json_t *root)
+{
+    char path[PATH_MAX];
+    json_t *tokenizer = json_object_get(root, "tokenizer");
+    json_t *model = json_object_get(tokenizer, "model");
+    snprintf(path, sizeof path, ROOT "/models/%s.json",
+             json_string_value(json_object_get(model, "file")));
+    json_t *bpe = load(path);
+    json_object_update(bpe, model);
+    json_object_set_new(tokenizer, "model", bpe);
+    return json_dumps(tokenizer, JSON_COMPACT);
+}
+
+static void check_ids(const char *name, const choir_tokenizer *t, const json_t *text,
+                      choir_encode_options options, const json_t *want)
+{
+    uint32_t *ids;
+    size_t n;
+    choir_status status = choir_tokenizer_encode(t, json_string_value(text),
+                                                 json_string_length(text), options, &ids, &n);
+    if (status != CHOIR_OK) fail_msg("%s: %s", name, choir_error_message());
+    bool same = n == json_array_size(want);
+    for (size_t i = 0; same && i < n; i++)
+        same = ids[i] == (uint32_t)json_integer_value(json_array_get(want, i));
+    if (!same) fail_msg("%s: other ids for \"%s\"", name, json_string_value(text));
+    choir_free(ids);
+}
+
+static void check_text(const char *name, const choir_tokenizer *t, const json_t *ids, bool skip,
+                       const json_t *want)
+{
+    uint32_t list[4096];
+    char *text;
+    size_t n = json_array_size(ids), bytes;
+    if (json_is_null(want)) return;
+    assert_true(n <= 4096);
+    for (size_t i = 0; i < n; i++) list[i] = (uint32_t)json_integer_value(json_array_get(ids, i));
+    assert_int_equal(choir_tokenizer_decode(t, list, n, skip, &text, &bytes), CHOIR_OK);
+    if (bytes != json_string_length(want) || memcmp(text, json_string_value(want), bytes) != 0)
+        fail_msg("%s: decoded \"%s\", not \"%s\"", name, text, json_string_value(want));
+    choir_free(text);
+}
+
+static void check_file(const char *name, const json_t *texts)
+{
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, ROOT "/cases/%s", name);
+    json_t *root = load(path), *cases = json_object_get(root, "cases");
+    char *json = assemble(root);
+    choir_tokenizer *t;
+    if (choir_tokenizer_parse_json(json, strlen(json), &t) != CHOIR_OK)
+        fail_msg("%s: %s", name, choir_error_message());
+    free(json);
+    assert_int_equal(json_array_size(texts), json_array_size(cases));
+    for (size_t i = 0; i < json_array_size(cases); i++) {
+        json_t *one = json_array_get(cases, i), *text = json_array_get(texts, i);
+        json_t *ids = json_array_get(one, 0), *plain = json_array_get(one, 1);
+        json_t *decoded = json_array_get(one, 2), *skipped = json_array_get(one, 3);
+        /* 0 stands for "the same as the one before". */
+        if (json_is_integer(plain)) plain = ids;
+        if (json_is_integer(decoded)) decoded = text;
+        if (json_is_integer(skipped)) skipped = decoded;
+        check_ids(name, t, text, CHOIR_ENCODE_OPTIONS_DEFAULT, ids);
+        check_ids(name, t, text, (choir_encode_options){false, false}, plain);
+        check_text(name, t, ids, false, decoded);
+        check_text(name, t, ids, true, skipped);
+    }
+    choir_tokenizer_destroy(t);
+    json_decref(root);
+}
+
+static void every_component_gives_the_reference_ids(void **state)
+{
+    (void)state;
+    json_t *texts = load(ROOT "/texts.json");
+    DIR *folder = opendir(ROOT "/cases");
+    assert_non_null(folder);
+    size_t n = 0;
+    for (struct dirent *entry; (entry = readdir(folder)) != NULL;) {
+        if (entry->d_name[0] == '.') continue;
+        check_file(entry->d_name, texts);
+        n++;
+    }
+    closedir(folder);
+    json_decref(texts);
+    assert_true(n > 100);
+}
+
+/* ---- SmolLM2's own file */
+static choir_tokenizer *open_smol(void)
+{
+    char path[PATH_MAX];
+    const char *given = getenv("CHOIR_TEST_MODEL"), *home = getenv("HOME");
+    snprintf(path, sizeof path, "%s", given != NULL ? given : "");
+    if (given == NULL)
+        snprintf(path, sizeof path, "%s/.cache/choir/models/SmolLM2-135M-Instruct.Q4_1.gguf",
+                 home != NULL ? home : "");
+    if (!choir_file_exists(path)) {
+        print_message("skipped: no model at %s\n", path);
+        return NULL;
+    }
+    choir_gguf *gguf;
+    choir_tokenizer *t;
+    assert_int_equal(choir_gguf_open(path, &gguf), CHOIR_OK);
+    assert_int_equal(choir_tokenizer_parse_gguf(gguf, &t), CHOIR_OK);
+    choir_gguf_close(gguf); /* the tokenizer keeps copies */
+    return t;
+}
+
+static void smollm_from_gguf_gives_the_reference_ids(void **state)
+{
+    (void)state;
+    choir_tokenizer *t = open_smol();
+    if (t == NULL) skip();
+    json_t *cases = load(ROOT "/smollm2.json"), *one;
+    size_t i;
+    json_array_foreach(cases, i, one)
+    {
+        check_ids("smollm2", t, json_array_get(one, 0), CHOIR_ENCODE_OPTIONS_DEFAULT,
+                  json_array_get(one, 1));
+        check_text("smollm2", t, json_array_get(one, 1), false, json_array_get(one, 0));
+    }
+    json_decref(cases);
+    assert_string_equal(choir_tokenizer_kind(t), "byte-level BPE");
+    assert_int_equal(choir_tokenizer_bos(t), 1);
+    assert_int_equal(choir_tokenizer_eos(t), 2);
+    assert_int_equal(choir_tokenizer_n_ids(t), 49152);
+    assert_true(choir_tokenizer_is_special(t, 2));
+    choir_tokenizer_destroy(t);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_component_gives_the_reference_ids),
+        cmocka_unit_test(smollm_from_gguf_gives_the_reference_ids),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
