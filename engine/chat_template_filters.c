@@ -238,24 +238,24 @@ FILTER(filter_truncate)
     template_string *s = NULL, *end = NULL;
     static template_string dots = {"...", 3, 3, NULL};
     int64_t length = 255, leeway = 5;
-    size_t cut = 0;
+    size_t cut = 0, n;
     template_value head;
     bool kill = template_given(slots[2]) && template_truth(slots[2]);
     (void)all;
-    CHOIR_TRY(template_want_string(r, slots[0], "what is truncated", &s));
     CHOIR_TRY(template_want_int(r, slots[1], "truncate's length", &length));
     CHOIR_TRY(template_want_string(r, slots[3], "truncate's end", &end));
     if (slots[4].type != TEMPLATE_NONE)
         CHOIR_TRY(template_want_int(r, slots[4], "truncate's leeway", &leeway));
     if (end == NULL) end = &dots;
-    int64_t n = (int64_t)template_string_chars(s), tail = (int64_t)template_string_chars(end);
+    int64_t tail = (int64_t)template_string_chars(end);
     if (length < tail || leeway < 0)
         return template_error(r, "truncate: the length %" PRId64 " is shorter than its end",
                               length);
-    if (leeway > n || n - leeway <= length) {
+    if (template_length(slots[0], &n) && (leeway > (int64_t)n || (int64_t)n - leeway <= length)) {
         *out = slots[0];
         return CHOIR_OK;
     }
+    CHOIR_TRY(template_want_string(r, slots[0], "what is truncated", &s));
     CHOIR_TRY(template_string_offset(r, s, (size_t)(length - tail), &cut));
     const char *space = kill ? NULL : memrchr(s->data, ' ', cut);
     if (space != NULL) cut = (size_t)(space - s->data);

@@ -329,7 +329,7 @@ choir_status template_percent(template_render *r, const template_string *format,
     }
     size_t n = values.type == TEMPLATE_TUPLE ? values.list->n : 1;
     bool mapping = values.type == TEMPLATE_DICT || values.type == TEMPLATE_LIST ||
-                   values.type == TEMPLATE_UNDEFINED || args.named;
+                   values.type == TEMPLATE_RANGE || values.type == TEMPLATE_UNDEFINED || args.named;
     if (args.next < n && !mapping)
         return template_error(r, "not all arguments are converted by the format string");
     return template_text_value(&text, out);

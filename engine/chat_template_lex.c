@@ -3,7 +3,6 @@
  * + keeps them, and a - takes all whitespace on its side. Brackets are balanced here too, because
  * within them }} and %} end nothing. */
 #include "engine/chat_template_render.h"
-#include "engine/chat_template_tree.h"
 #include <errno.h>
 #include <stdlib.h>
 

@@ -1,4 +1,5 @@
 /* Statements of a template, and what both halves of the parser share. */
+#include "engine/chat_template_parse.h"
 #include "engine/chat_template_render.h"
 
 static choir_status parse_body(template_parser *p, const char *const *stops, template_nodes *out);
@@ -97,7 +98,7 @@ static choir_status check_assignable(template_parser *p, uint32_t line, const te
 static choir_status parse_one_target(template_parser *p, bool with_namespace, template_node **out)
 {
     uint32_t line = template_peek(p)->line;
-    template_string *name;
+    template_string *name = NULL;
     if (template_accept(p, TOKEN_OPEN_PAREN)) {
         CHOIR_TRY(template_enter(p));
         CHOIR_TRY(template_parse_target(p, NULL, with_namespace, out));
@@ -227,7 +228,7 @@ static choir_status parse_signature(template_parser *p, template_signature *s)
     while (template_peek(p)->kind != TOKEN_CLOSE_PAREN) {
         if (names.n > 0) CHOIR_TRY(template_expect(p, TOKEN_COMMA));
         uint32_t line = template_peek(p)->line;
-        template_string *name;
+        template_string *name = NULL;
         CHOIR_TRY(template_expect_name(p, &name));
         CHOIR_TRY(check_assignable(p, line, name));
         for (size_t i = 0; i < names.n; i++)
@@ -462,7 +463,7 @@ static choir_status parse_body(template_parser *p, const char *const *stops, tem
         p->at++; /* {% */
         for (size_t i = 0; stops != NULL && stops[i] != NULL; i++)
             if (template_at_name(p, stops[i])) return CHOIR_OK;
-        template_node *node;
+        template_node *node = NULL;
         CHOIR_TRY(parse_statement(p, stops, &node));
         CHOIR_TRY(check_unknown(p));
         CHOIR_TRY(template_nodes_push(p, out, node));

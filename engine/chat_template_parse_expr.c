@@ -1,6 +1,6 @@
-/* Expressions, by recursive descent in Jinja's order of precedence: choice, or, and, not,
- * comparisons,
- * + -, ~, * / // %, **, signs, then postfixes and filters. */
+/* Expressions, by recursive descent in Jinja's order: choice, or, and, not, comparisons, sums, ~,
+ * products, powers, signs, then postfixes and filters. */
+#include "engine/chat_template_parse.h"
 #include "engine/chat_template_render.h"
 
 static choir_status parse_unary(template_parser *p, bool with_filter, template_node **out);

@@ -1,11 +1,12 @@
-/* WHAT    One render: the interpreter's state, calls of builtins, and the tables of filters, tests,
- *         methods and functions.
+/* WHAT    One render: the interpreter's state, calls, and the tables of filters, tests, methods and
+ *         functions.
  * OWNS    The render's pool and output.
  * THREADS One thread per render.
  * ERRORS  CHOIR_E_INVALID "line N: …"; CHOIR_E_FULL for limits.
  * LIMITS  Below.
  * NEXT    engine/chat_template.h */
 #pragma once
+#include "engine/chat_template_text.h"
 #include "engine/chat_template_tree.h"
 #include <jansson.h>
 
@@ -39,7 +40,6 @@ typedef struct template_loop {
     template_value of; /* what is looped over, for its length */
     template_value before, current, after, changed;
     int64_t index0, length; /* length < 0: not known yet */
-    int64_t depth;
 } template_loop;
 
 typedef struct template_macro {
@@ -65,6 +65,19 @@ typedef struct template_builtin {
     choir_status (*call)(template_render *r, template_value *slots, const template_arguments *all,
                          template_value *out);
 } template_builtin;
+
+/* A generator: what it filters, and how the next item comes out of it. */
+typedef struct template_lazy {
+    choir_status (*next)(template_render *r, struct template_lazy *lazy, template_value *out,
+                         bool *found);
+    const template_builtin *filter;
+    template_value slots[TEMPLATE_MAX_SLOTS];
+    template_arguments arguments;
+    template_iterator source;
+    bool begun, done;
+} template_lazy;
+choir_status template_lazy_next(template_render *r, template_lazy *lazy, template_value *out,
+                                bool *found);
 
 typedef struct template_method {
     const template_builtin *function;

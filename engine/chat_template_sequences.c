@@ -1,13 +1,68 @@
 /* Jinja's filters of sequences. Where Jinja gives a generator, so does this: it is read once, has
- * no length, and is true even when nothing comes out of it. What it gives is made at once, though.
- */
+ * no length, is true even when nothing comes out of it, and works or fails only when read. */
 #include "engine/chat_template_render.h"
 
 #define FILTER(name)                                                                               \
     static choir_status name(template_render *r, template_value *slots,                            \
                              const template_arguments *all, template_value *out)
 
-static choir_status generator(template_render *r, template_list *list, template_value *out)
+/* Generators over generators recurse, so their depth counts like that of calls. */
+choir_status template_lazy_next(template_render *r, template_lazy *lazy, template_value *out,
+                                bool *found)
+{
+    *found = false;
+    if (lazy->done) return CHOIR_OK;
+    if (++r->depth > TEMPLATE_MAX_DEPTH)
+        return template_error(r, "the template's evaluation nests deeper than %d",
+                              TEMPLATE_MAX_DEPTH);
+    CHOIR_TRY(lazy->next(r, lazy, out, found));
+    r->depth--;
+    lazy->done = !*found;
+    return CHOIR_OK;
+}
+
+typedef choir_status (*lazy_next)(template_render *r, template_lazy *lazy, template_value *out,
+                                  bool *found);
+
+static choir_status generator(template_render *r, lazy_next next, const template_value *slots,
+                              const template_arguments *all, template_value *out)
+{
+    template_iterator *it;
+    template_lazy *lazy;
+    CHOIR_TRY(template_alloc(r, sizeof *it, &it));
+    CHOIR_TRY(template_alloc(r, sizeof *lazy, &lazy));
+    *lazy = (template_lazy){.next = next, .arguments = *all};
+    memcpy(lazy->slots, slots, sizeof lazy->slots);
+    *it = (template_iterator){.lazy = lazy};
+    *out = TEMPLATE_VALUE(ITERATOR, iterator, it);
+    return CHOIR_OK;
+}
+
+/* A generator that makes all it gives when it is first read. */
+typedef choir_status (*make_list)(template_render *r, template_value *slots, template_list **out);
+static choir_status next_of_list(template_render *r, template_lazy *lazy, make_list make,
+                                 template_value *out, bool *found)
+{
+    if (!lazy->begun) {
+        template_list *list = NULL;
+        CHOIR_TRY(make(r, lazy->slots, &list));
+        CHOIR_TRY(template_iterate(r, TEMPLATE_VALUE(LIST, list, list), &lazy->source));
+        lazy->begun = true;
+    }
+    return template_next(r, &lazy->source, out, found);
+}
+
+// clang-format off
+#define GENERATOR(name, make)                                                                      \
+    static choir_status name##_next(template_render *r, template_lazy *lazy, template_value *out,  \
+                                    bool *found)                                                   \
+    {                                                                                              \
+        return next_of_list(r, lazy, make, out, found);                                            \
+    }                                                                                              \
+    FILTER(name) { return generator(r, name##_next, slots, all, out); }
+// clang-format on
+
+static choir_status list_iterator(template_render *r, template_list *list, template_value *out)
 {
     template_iterator *it;
     CHOIR_TRY(template_alloc(r, sizeof *it, &it));
@@ -101,9 +156,24 @@ typedef struct keyed {
     template_value key, item;
 } keyed;
 
-/* Stable merge sort, from the bottom up. Reversed, equal items keep their order, as in Python. */
-static choir_status merge_sort(template_render *r, keyed *items, size_t n, bool reverse)
+/* Within Python's lists, equal items are skipped before any is asked for an order, so that even
+ * what has none (None and None) can stand side by side. */
+static choir_status compare_items(template_render *r, template_value a, template_value b,
+                                  bool in_lists, int *order)
 {
+    bool same = false;
+    *order = 0;
+    if (in_lists) CHOIR_TRY(template_equal(r, a, b, &same));
+    return same ? CHOIR_OK : template_compare(r, a, b, order);
+}
+
+/* How to sort: a sum of these. */
+enum { SORT_DOWN = 1, SORT_IN_LISTS = 2 };
+
+/* Stable merge sort, from the bottom up. Reversed, equal items keep their order, as in Python. */
+static choir_status merge_sort(template_render *r, keyed *items, size_t n, unsigned how)
+{
+    bool reverse = (how & SORT_DOWN) != 0, in_lists = (how & SORT_IN_LISTS) != 0;
     keyed *from = items, *to;
     CHOIR_TRY(template_alloc_n(r, n + 1, sizeof *to, &to));
     for (size_t width = 1; width < n; width *= 2) {
@@ -114,7 +184,7 @@ static choir_status merge_sort(template_render *r, keyed *items, size_t n, bool 
             for (size_t i = low; i < high; i++) {
                 int order = 0;
                 if (a < middle && b < high)
-                    CHOIR_TRY(template_compare(r, from[b].key, from[a].key, &order));
+                    CHOIR_TRY(compare_items(r, from[b].key, from[a].key, in_lists, &order));
                 bool second = a >= middle || (b < high && (reverse ? order == 1 : order == -1));
                 to[i] = second ? from[b++] : from[a++];
             }
@@ -127,37 +197,33 @@ static choir_status merge_sort(template_render *r, keyed *items, size_t n, bool 
     return CHOIR_OK;
 }
 
-static choir_status sort_by(template_render *r, template_value sequence, template_value path,
-                            bool case_sensitive, bool reverse, keyed **out, size_t *n)
-{
-    template_list *list;
-    CHOIR_TRY(template_to_list(r, sequence, &list));
-    *n = list->n;
-    CHOIR_TRY(template_alloc_n(r, list->n + 1, sizeof **out, out));
-    for (size_t i = 0; i < list->n; i++) {
-        (*out)[i].item = list->items[i];
-        CHOIR_TRY(sort_key(r, list->items[i], path, case_sensitive, &(*out)[i].key));
-    }
-    return merge_sort(r, *out, list->n, reverse);
-}
-
 static bool flag(template_value v)
 {
     return template_given(v) && template_truth(v);
 }
 
-FILTER(filter_sort)
+static choir_status sort_by(template_render *r, template_value sequence, template_value path,
+                            bool case_sensitive, unsigned how, template_value *out)
 {
-    keyed *items;
-    size_t n;
     template_list *list;
-    (void)all;
-    CHOIR_TRY(sort_by(r, slots[0], slots[3], flag(slots[2]), flag(slots[1]), &items, &n));
-    CHOIR_TRY(template_list_make(r, n, &list));
-    for (size_t i = 0; i < n; i++) list->items[i] = items[i].item;
-    list->n = n;
+    keyed *items;
+    CHOIR_TRY(template_to_list(r, sequence, &list));
+    CHOIR_TRY(template_alloc_n(r, list->n + 1, sizeof *items, &items));
+    for (size_t i = 0; i < list->n; i++) {
+        items[i].item = list->items[i];
+        CHOIR_TRY(sort_key(r, list->items[i], path, case_sensitive, &items[i].key));
+    }
+    CHOIR_TRY(merge_sort(r, items, list->n, how));
+    for (size_t i = 0; i < list->n; i++) list->items[i] = items[i].item;
     *out = list_value(list);
     return CHOIR_OK;
+}
+
+FILTER(filter_sort)
+{
+    (void)all;
+    unsigned how = SORT_IN_LISTS | (flag(slots[1]) ? SORT_DOWN : 0);
+    return sort_by(r, slots[0], slots[3], flag(slots[2]), how, out);
 }
 
 FILTER(filter_dictsort)
@@ -175,8 +241,7 @@ FILTER(filter_dictsort)
         return template_error(r, "dictsort wants a dict, not '%s'", template_type_name(pairs));
     pairs.type = TEMPLATE_VIEW;
     pairs.flag = TEMPLATE_ITEMS;
-    template_value again[4] = {pairs, slots[3], slots[1], path};
-    return filter_sort(r, again, all, out);
+    return sort_by(r, pairs, path, flag(slots[1]), flag(slots[3]) ? SORT_DOWN : 0, out);
 }
 
 FILTER(filter_groupby)
@@ -195,7 +260,7 @@ FILTER(filter_groupby)
         CHOIR_TRY(by_path(r, items[i].item, slots[1], &slots[2], &items[i].key));
         CHOIR_TRY(fold_case(r, case_sensitive, &items[i].key));
     }
-    CHOIR_TRY(merge_sort(r, items, list->n, false));
+    CHOIR_TRY(merge_sort(r, items, list->n, 0));
     CHOIR_TRY(template_list_make(r, 0, &groups));
     for (size_t i = 0; i < list->n; i++) {
         bool same = false;
@@ -218,13 +283,12 @@ FILTER(filter_groupby)
     return CHOIR_OK;
 }
 
-FILTER(filter_unique)
+static choir_status make_unique(template_render *r, template_value *slots, template_list **out)
 {
-    template_list *list, *kept;
+    template_list *list;
     template_dict *seen;
-    (void)all;
     CHOIR_TRY(template_to_list(r, slots[0], &list));
-    CHOIR_TRY(template_list_make(r, 0, &kept));
+    CHOIR_TRY(template_list_make(r, 0, out));
     CHOIR_TRY(template_dict_make(r, &seen));
     for (size_t i = 0; i < list->n; i++) {
         template_value key, *before = NULL;
@@ -233,10 +297,12 @@ FILTER(filter_unique)
         CHOIR_TRY(template_dict_get(r, seen, key, &before));
         if (before != NULL) continue;
         CHOIR_TRY(template_dict_set(r, seen, key, template_none()));
-        CHOIR_TRY(template_list_push(r, kept, list->items[i]));
+        CHOIR_TRY(template_list_push(r, *out, list->items[i]));
     }
-    return generator(r, kept, out);
+    return CHOIR_OK;
 }
+
+GENERATOR(filter_unique, make_unique)
 
 static choir_status extreme(template_render *r, template_value *slots, int wanted,
                             template_value *out)
@@ -269,102 +335,93 @@ FILTER(filter_max)
 
 /* ---- Mapping and selecting ---- */
 
-static choir_status named_argument(template_render *r, const template_arguments *all,
-                                   const char *name, template_value *out)
+static template_value named_argument(const template_arguments *all, const char *name)
 {
-    (void)r;
-    *out = (template_value){0};
     for (size_t i = 0; i < all->n_named; i++)
-        if (template_string_is(all->names[i], name)) *out = all->named[i];
-    return CHOIR_OK;
+        if (template_string_is(all->names[i], name)) return all->named[i];
+    return (template_value){0};
+}
+
+/* The first positional argument, taken off the others; MISSING where there is none. */
+static template_value take_first(template_arguments *args)
+{
+    if (args->n == 0) return (template_value){0};
+    args->n--;
+    return *args->positional++;
 }
 
 /* Sequences that are false (empty, none, undefined) give nothing; what is true must be iterable. */
-static choir_status items_of(template_render *r, template_value v, template_list **out)
+static choir_status begin(template_render *r, template_lazy *lazy)
 {
-    if (!template_truth(v)) return template_list_make(r, 0, out);
-    return template_to_list(r, v, out);
+    static template_list empty = {0};
+    template_value v = lazy->slots[0];
+    if (!template_truth(v)) v = list_value(&empty);
+    lazy->begun = true;
+    return template_iterate(r, v, &lazy->source);
+}
+
+static choir_status map_next(template_render *r, template_lazy *lazy, template_value *out,
+                             bool *found)
+{
+    template_arguments rest = lazy->arguments;
+    template_value name = take_first(&rest), path = {0}, fallback = {0}, item;
+    template_string *filter = NULL;
+    if (!lazy->begun) CHOIR_TRY(begin(r, lazy));
+    if (!template_given(name)) {
+        path = named_argument(&rest, "attribute");
+        fallback = named_argument(&rest, "default");
+        if (!template_given(path) || rest.n_named > 1u + template_given(fallback))
+            return template_error(r, "map wants the name of a filter, or attribute=");
+    }
+    CHOIR_TRY(template_want_string(r, name, "map's filter", &filter));
+    CHOIR_TRY(template_next(r, &lazy->source, &item, found));
+    if (!*found) return CHOIR_OK;
+    if (filter == NULL) return by_path(r, item, path, &fallback, out);
+    return template_apply_filter(r, filter, item, &rest, out);
 }
 
 FILTER(filter_map)
 {
-    template_list *list, *made;
-    template_value path = {0}, fallback = {0};
-    template_string *name = NULL;
-    CHOIR_TRY(items_of(r, slots[0], &list));
-    CHOIR_TRY(template_list_make(r, list->n, &made));
-    if (all->n == 0) {
-        CHOIR_TRY(named_argument(r, all, "attribute", &path));
-        CHOIR_TRY(named_argument(r, all, "default", &fallback));
-        if (!template_given(path) || all->n_named > 1u + template_given(fallback))
-            return template_error(r, "map wants the name of a filter, or attribute=");
-    } else {
-        CHOIR_TRY(template_want_string(r, all->positional[0], "map's filter", &name));
-    }
-    template_arguments rest = *all;
-    if (all->n > 0) {
-        rest.positional++;
-        rest.n--;
-    }
-    for (size_t i = 0; i < list->n; i++) {
-        template_value v;
-        if (name == NULL)
-            CHOIR_TRY(by_path(r, list->items[i], path, &fallback, &v));
-        else
-            CHOIR_TRY(template_apply_filter(r, name, list->items[i], &rest, &v));
-        CHOIR_TRY(template_list_push(r, made, v));
-    }
-    return generator(r, made, out);
+    return generator(r, map_next, slots, all, out);
 }
 
-static choir_status select_items(template_render *r, template_value *slots,
-                                 const template_arguments *all, bool by_attribute, bool wanted,
-                                 template_value *out)
+static choir_status select_next(template_render *r, template_lazy *lazy, bool by_attribute,
+                                bool wanted, template_value *out, bool *found)
 {
-    template_list *list, *kept;
-    template_string *test = NULL;
+    template_arguments rest = lazy->arguments;
     template_value path = {0};
-    template_arguments rest = *all;
-    CHOIR_TRY(items_of(r, slots[0], &list));
-    CHOIR_TRY(template_list_make(r, 0, &kept));
+    template_string *test = NULL;
+    if (!lazy->begun) CHOIR_TRY(begin(r, lazy));
     if (by_attribute) {
-        if (rest.n == 0) return template_error(r, "the name of the attribute is missing");
-        path = *rest.positional++;
-        rest.n--;
+        path = take_first(&rest);
+        if (!template_given(path)) return template_error(r, "the name of the attribute is missing");
     }
-    if (rest.n > 0) {
-        CHOIR_TRY(template_want_string(r, rest.positional[0], "the name of a test", &test));
-        rest.positional++;
-        rest.n--;
-    }
-    for (size_t i = 0; i < list->n; i++) {
+    CHOIR_TRY(template_want_string(r, take_first(&rest), "the name of a test", &test));
+    for (;;) {
         template_value v;
         bool holds;
-        CHOIR_TRY(template_charge(r, 1));
-        CHOIR_TRY(by_path(r, list->items[i], path, NULL, &v));
+        CHOIR_TRY(template_next(r, &lazy->source, out, found));
+        if (!*found) return CHOIR_OK;
+        CHOIR_TRY(by_path(r, *out, path, NULL, &v));
         holds = template_truth(v);
         if (test != NULL) CHOIR_TRY(template_apply_test(r, test, v, &rest, &holds));
-        if (holds == wanted) CHOIR_TRY(template_list_push(r, kept, list->items[i]));
+        if (holds == wanted) return CHOIR_OK;
     }
-    return generator(r, kept, out);
 }
 
-FILTER(filter_select)
-{
-    return select_items(r, slots, all, false, true, out);
-}
-FILTER(filter_reject)
-{
-    return select_items(r, slots, all, false, false, out);
-}
-FILTER(filter_selectattr)
-{
-    return select_items(r, slots, all, true, true, out);
-}
-FILTER(filter_rejectattr)
-{
-    return select_items(r, slots, all, true, false, out);
-}
+// clang-format off
+#define SELECT(name, by_attribute, wanted)                                                         \
+    static choir_status name##_next(template_render *r, template_lazy *lazy, template_value *out,  \
+                                    bool *found)                                                   \
+    {                                                                                              \
+        return select_next(r, lazy, by_attribute, wanted, out, found);                             \
+    }                                                                                              \
+    FILTER(name) { return generator(r, name##_next, slots, all, out); }
+SELECT(filter_select, false, true)
+SELECT(filter_reject, false, false)
+SELECT(filter_selectattr, true, true)
+SELECT(filter_rejectattr, true, false)
+// clang-format on
 
 /* ---- The others ---- */
 
@@ -435,7 +492,6 @@ FILTER(filter_last)
 {
     template_list *list;
     (void)all;
-    if (slots[0].type == TEMPLATE_UNDEFINED) return template_undefined_error(r, slots[0]);
     if (slots[0].type == TEMPLATE_ITERATOR || !template_iterable(slots[0]))
         return template_error(r, "a '%s' has no last item", template_type_name(slots[0]));
     if (slots[0].type == TEMPLATE_STRING || slots[0].type == TEMPLATE_RANGE ||
@@ -458,29 +514,27 @@ FILTER(filter_reverse)
         template_value bounds[3] = {{0}, {0}, template_int(-1)};
         return template_slice(r, slots[0], bounds, out);
     }
-    if (slots[0].type == TEMPLATE_UNDEFINED) return template_undefined_error(r, slots[0]);
     CHOIR_TRY(reversed(r, slots[0], &list));
     if (slots[0].type == TEMPLATE_ITERATOR) { /* a generator's reverse is a list */
         *out = list_value(list);
         return CHOIR_OK;
     }
-    return generator(r, list, out);
+    return list_iterator(r, list, out);
 }
 
-FILTER(filter_items)
+static choir_status make_items(template_render *r, template_value *slots, template_list **out)
 {
-    template_list *list;
     template_value v = slots[0];
-    (void)all;
     if (v.type != TEMPLATE_UNDEFINED && v.type != TEMPLATE_DICT)
         return template_error(r, "items wants a dict, not '%s'", template_type_name(v));
     if (v.type == TEMPLATE_DICT) {
         v.type = TEMPLATE_VIEW;
         v.flag = TEMPLATE_ITEMS;
     }
-    CHOIR_TRY(template_to_list(r, v, &list));
-    return generator(r, list, out);
+    return template_to_list(r, v, out);
 }
+
+GENERATOR(filter_items, make_items)
 
 FILTER(filter_sum)
 {
@@ -499,11 +553,10 @@ FILTER(filter_sum)
     }
 }
 
-FILTER(filter_batch)
+static choir_status make_batch(template_render *r, template_value *slots, template_list **out)
 {
     template_list *list, *rows, *row;
     int64_t size = 0;
-    (void)all;
     CHOIR_TRY(template_want_int(r, slots[1], "batch's size", &size));
     CHOIR_TRY(template_to_list(r, slots[0], &list));
     CHOIR_TRY(template_list_make(r, 0, &rows));
@@ -521,14 +574,16 @@ FILTER(filter_batch)
         CHOIR_TRY(template_list_push(r, row, slots[2]));
     }
     if (row->n > 0) CHOIR_TRY(template_list_push(r, rows, list_value(row)));
-    return generator(r, rows, out);
+    *out = rows;
+    return CHOIR_OK;
 }
 
-FILTER(filter_slice)
+GENERATOR(filter_batch, make_batch)
+
+static choir_status make_slice(template_render *r, template_value *slots, template_list **out)
 {
     template_list *list, *rows;
     int64_t slices = 0;
-    (void)all;
     CHOIR_TRY(template_want_int(r, slots[1], "slice's count", &slices));
     if (slices == 0) return template_error(r, "slice: division by zero");
     CHOIR_TRY(template_to_list(r, slots[0], &list));
@@ -546,8 +601,11 @@ FILTER(filter_slice)
         if (fill && i >= longer) CHOIR_TRY(template_list_push(r, row, slots[2]));
         CHOIR_TRY(template_list_push(r, rows, list_value(row)));
     }
-    return generator(r, rows, out);
+    *out = rows;
+    return CHOIR_OK;
 }
+
+GENERATOR(filter_slice, make_slice)
 
 const template_builtin *template_find_sequence_filter(const template_string *name)
 {

@@ -319,6 +319,7 @@ static choir_status split(template_render *r, template_value *slots, bool right,
         return template_error(r, "split: the separator is empty");
     else
         CHOIR_TRY(split_at(r, slots[0].s, separator, max, right, list));
+    for (size_t i = 0; i < list->n; i++) list->items[i].flag = slots[0].flag;
     for (size_t i = 0, n = list->n; right && i < n / 2; i++) {
         template_value v = list->items[i];
         list->items[i] = list->items[n - 1 - i];

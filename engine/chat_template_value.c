@@ -1,5 +1,4 @@
-/* The values of a template: pool, strings, lists, dicts, and what Python's operators ask of them.
- */
+/* The values of a template: pool, strings, lists, dicts, and what Python's operators ask. */
 #include "engine/chat_template_render.h"
 #include <math.h>
 
@@ -602,6 +601,7 @@ choir_status template_next(template_render *r, template_iterator *it, template_v
 {
     CHOIR_TRY(template_charge(r, 1));
     while (it->of.type == TEMPLATE_ITERATOR) it = it->of.iterator;
+    if (it->lazy != NULL) return template_lazy_next(r, it->lazy, out, found);
     size_t n = 0;
     (void)template_length(it->of, &n);
     *found = it->at < n;

@@ -1,9 +1,9 @@
-/* WHAT    The values of a template (Python's, as far as published templates see them), the pool
- * that holds them, and growing text. OWNS    A pool owns an arena; values, strings, lists and dicts
- * live until its end. THREADS The thread of one compilation or one render; constants of a template
- * are read by any. ERRORS  CHOIR_E_FULL for the pool's limit, CHOIR_E_INVALID with "line N: …" for
- * what Python refuses. LIMITS  Integers have 64 bits; values nest at most 200 deep where they are
- * walked. NEXT    engine/chat_template_tree.h, engine/chat_template_render.h */
+/* WHAT    The values of a template, which are Python's as far as templates see them; their pool.
+ * OWNS    A pool owns an arena; values, strings, lists and dicts live until its end.
+ * THREADS That of one compilation or one render; constants of a template are read by any.
+ * ERRORS  CHOIR_E_FULL for the pool's limit, CHOIR_E_INVALID for what Python refuses.
+ * LIMITS  Integers have 64 bits; values nest at most 200 deep where they are walked.
+ * NEXT    engine/chat_template_text.h, engine/chat_template_lex.h */
 #pragma once
 #include "base/base.h"
 #include <inttypes.h>
@@ -33,9 +33,9 @@ typedef struct template_tail {
 /* UTF-8, not terminated, often a view into another string. */
 typedef struct template_string {
     const char *data;
-    size_t bytes;
-    size_t
-        chars; /* SIZE_MAX until someone asks; constants of the template know it from the start */
+    /* Of characters: SIZE_MAX until someone asks; constants of the template know it from the start.
+     */
+    size_t bytes, chars;
     template_tail *tail;
 } template_string;
 
@@ -123,10 +123,12 @@ typedef struct template_range {
     size_t n;
 } template_range;
 
-/* Steps once through a sized value; `at` counts items, `offset` bytes of a string. */
+/* Steps once through a sized value, `at` counting items and `offset` bytes of a string; or asks
+ * `lazy`. */
 typedef struct template_iterator {
     template_value of;
     size_t at, offset;
+    struct template_lazy *lazy;
 } template_iterator;
 
 typedef struct template_cycler {
@@ -199,49 +201,3 @@ choir_status template_iterate(template_render *r, template_value v, template_ite
 choir_status template_next(template_render *r, template_iterator *it, template_value *out,
                            bool *found);
 choir_status template_to_list(template_render *r, template_value v, template_list **out);
-
-/* Growing text: of the pool, or (owned) of choir_alloc with a limit of its own. */
-typedef struct template_text {
-    template_render *r;
-    char *data;
-    size_t bytes, capacity;
-    bool owned;
-} template_text;
-
-choir_status template_text_add(template_text *t, const char *data, size_t bytes);
-choir_status template_text_add_char(template_text *t, uint32_t code, size_t times);
-choir_status template_text_addf(template_text *t, const char *format, ...) CHOIR_PRINTF(2, 3);
-choir_status template_text_str(template_text *t, template_value v);      /* Python's str() */
-choir_status template_text_repr(template_text *t, template_value v);     /* Python's repr() */
-choir_status template_text_value(template_text *t, template_value *out); /* the text as a string */
-choir_status template_to_string(template_render *r, template_value v, template_string **out);
-/* Python's repr of a float; `out` has 32 bytes. */
-void template_float_repr(double f, char *out);
-
-typedef struct template_json {
-    int64_t indent; /* < 0: one line */
-    const template_string *indent_text, *item_separator, *key_separator;
-    bool ascii, sort_keys;
-} template_json;
-choir_status template_text_json(template_text *t, template_value v, const template_json *options);
-
-/* Unicode. */
-size_t template_utf8_decode(const char *data, size_t bytes, uint32_t *code); /* bytes read, >= 1 */
-size_t template_utf8_encode(uint32_t code, char out[4]);
-bool template_is_space(uint32_t code);
-bool template_is_alpha(uint32_t code);
-bool template_is_decimal(uint32_t code);
-bool template_is_digit(uint32_t code);
-bool template_is_numeric(uint32_t code);
-bool template_is_printable(uint32_t code);
-typedef enum template_case {
-    TEMPLATE_UPPER,
-    TEMPLATE_LOWER,
-    TEMPLATE_TITLE,
-    TEMPLATE_CAPITAL,
-    TEMPLATE_SWAP,
-    TEMPLATE_FOLD,
-} template_case;
-choir_status template_change_case(template_render *r, const template_string *s, template_case how,
-                                  template_value *out);
-int template_char_case(uint32_t code); /* 1 upper, -1 lower, 2 title, 0 uncased */

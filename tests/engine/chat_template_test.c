@@ -3,6 +3,7 @@
  * soon. */
 #include "base/base.h"
 #include "engine/chat_template.h"
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -232,6 +233,9 @@ static void test_endless(void **state)
            CHOIR_E_FULL, "steps");
     expect("{% set ns = namespace() %}{% set ns.n = ns %}{{ ns }}", CHOIR_E_INVALID,
            "nested deeper");
+    expect("{% set ns = namespace(s=[1]) %}{% for i in range(90000) %}"
+           "{% set ns.s = ns.s | map('string') %}{% endfor %}{{ ns.s | list }}",
+           CHOIR_E_INVALID, "nests deeper than 1200");
     expect("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", CHOIR_E_INVALID, "deeper than 100");
     expect("{% macro f(a) %}{{ (((((((((f(a ~ 'x')))))))))) }}{% endmacro %}{{ f('') }}",
            CHOIR_E_INVALID, "deeper than 100");
@@ -341,6 +345,52 @@ static void test_memory_faults(void **state)
     free(source);
 }
 
+/* One compiled template, rendered by several threads at once: nothing in it changes. */
+typedef struct shared {
+    const choir_chat_template *t;
+    const json_t *variables;
+    const char *expected;
+    bool same;
+} shared;
+
+static void *render_often(void *argument)
+{
+    shared *s = argument;
+    s->same = true;
+    for (int i = 0; i < 50; i++) {
+        char *text = NULL;
+        size_t n = 0;
+        choir_status status = choir_chat_template_render(s->t, s->variables, 0, &text, &n);
+        s->same &= status == CHOIR_OK && strcmp(text, s->expected) == 0;
+        choir_free(text);
+    }
+    return NULL;
+}
+
+static void test_threads(void **state)
+{
+    (void)state;
+    size_t bytes, n;
+    char *source = read_file(FIXTURES "templates/qwen3.jinja", &bytes), *text = NULL;
+    json_t *all = load(FIXTURES "cases.json");
+    json_t *variables = json_object_get(json_object_get(all, "conversations"), "tool called");
+    choir_chat_template *t = NULL;
+    assert_int_equal(choir_chat_template_compile(source, bytes, &t), CHOIR_OK);
+    assert_int_equal(choir_chat_template_render(t, variables, 0, &text, &n), CHOIR_OK);
+    pthread_t threads[4];
+    shared each[4];
+    for (int i = 0; i < 4; i++) {
+        each[i] = (shared){t, variables, text, false};
+        assert_int_equal(pthread_create(&threads[i], NULL, render_often, &each[i]), 0);
+    }
+    for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
+    for (int i = 0; i < 4; i++) assert_true(each[i].same);
+    choir_free(text);
+    choir_chat_template_destroy(t);
+    json_decref(all);
+    free(source);
+}
+
 /* With a file of cases and a folder of templates: those instead of the fixtures. */
 int main(int argc, char **argv)
 {
@@ -348,7 +398,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_model_templates), cmocka_unit_test(test_expressions),
         cmocka_unit_test(test_nesting),         cmocka_unit_test(test_endless),
         cmocka_unit_test(test_sentences),       cmocka_unit_test(test_variables),
-        cmocka_unit_test(test_memory_faults),
+        cmocka_unit_test(test_memory_faults),   cmocka_unit_test(test_threads),
     };
     if (argc == 3) {
         const struct CMUnitTest given[] = {cmocka_unit_test(test_model_templates)};
