@@ -291,7 +291,8 @@ static void format_value(const choir_option *o, const void *values, char *out, s
         snprintf(out, bytes, "%s", *(const bool *)from ? "on" : "off");
         break;
     case CHOIR_OPTION_COUNT:
-        snprintf(out, bytes, "%llu", (unsigned long long)*(const uint64_t *)from);
+        if (*(const uint64_t *)from != UINT64_MAX)
+            snprintf(out, bytes, "%llu", (unsigned long long)*(const uint64_t *)from);
         break;
     case CHOIR_OPTION_SIZE:
         format_size(*(const uint64_t *)from, out, bytes);
@@ -338,7 +339,10 @@ void choir_options_print_resolved(const choir_option *table, uint32_t n, const v
         char value[512];
         format_value(&table[i], values, value, sizeof value);
         bool secret = strcmp(table[i].name, "api-key") == 0 && value[0] != '\0';
-        fprintf(to, "  %s = %s (%s)\n", table[i].name, secret ? "(secret)" : value,
+        fprintf(to, "  %s = %s (%s)\n", table[i].name,
+                secret             ? "(secret)"
+                : value[0] == '\0' ? "-"
+                                   : value,
                 from[arguments->origin[i]]);
     }
 }

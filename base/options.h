@@ -11,7 +11,7 @@
 
 typedef enum choir_option_kind {
     CHOIR_OPTION_FLAG,  /* bool */
-    CHOIR_OPTION_COUNT, /* uint64_t; "32K" is 32768 */
+    CHOIR_OPTION_COUNT, /* uint64_t; "32K" is 32768; a default of UINT64_MAX shows as not set */
     CHOIR_OPTION_SIZE,  /* uint64_t bytes; "8GiB", "512M" */
     CHOIR_OPTION_REAL,  /* double */
     CHOIR_OPTION_TEXT,  /* const char * */
@@ -51,7 +51,8 @@ choir_status choir_options_parse(const choir_option *table, uint32_t n, int argc
 void choir_options_free(choir_arguments *arguments);
 
 void choir_options_print_help(const choir_option *table, uint32_t n, const void *defaults, FILE *to);
-/* "max-num-seqs = 32 (command line)", one a line: the configuration as it was understood. */
+/* "max-num-seqs = 32 (command line)", one a line: the configuration as it was understood; "-" is what
+ * is not set, and the values of "api-key" are not shown. */
 void choir_options_print_resolved(const choir_option *table, uint32_t n, const void *values,
                                   const choir_arguments *arguments, FILE *to);
 /* The name closest to `name` by edit distance. */

@@ -137,8 +137,7 @@ static choir_status open_bench(const values *v, const char *model, uint32_t larg
     CHOIR_TRY(choir_cli_find_model(model, path, sizeof path));
     CHOIR_TRY(choir_model_file_open(path, &file));
     const choir_model_config *c = choir_model_file_config(file);
-    uint64_t page = (uint64_t)c->n_layers * 2 * c->n_kv_heads * c->head_dim * CHOIR_PAGE_TOKENS *
-                    (o.exact ? sizeof(float) : sizeof(uint16_t));
+    uint64_t page = choir_cli_kv_bytes_per_token(c, o.exact) * CHOIR_PAGE_TOKENS;
     o.kv_bytes = page * b->pages_per_sequence * largest;
     choir_model_file_close(file);
     CHOIR_TRY(choir_engine_open(path, &o, &b->engine));
@@ -188,9 +187,7 @@ static void print(const values *v, const bench *b, const result *r, uint32_t n, 
     json_t *o = json_pack("{s:s, s:i, s:s, s:f, s:o}", "model", choir_engine_config(b->engine)->name,
                           "threads", (int)choir_engine_n_threads(b->engine), "kernels", k->name,
                           "memory_bytes_per_s", bandwidth, "runs", runs);
-    json_dumpf(o, stdout, JSON_INDENT(1));
-    putchar('\n');
-    json_decref(o);
+    choir_cli_print_json(o, true);
 }
 
 static choir_status run(void *verb_values, choir_arguments *arguments)

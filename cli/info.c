@@ -1,14 +1,20 @@
-#include "cli/cli.h"
+/* What a model is, without loading it; or what a server serves. */
+#include "cli/answer.h"
 
 #include <stdio.h>
 #include <string.h>
 
 typedef struct values {
+    choir_cli_server_values server;
+    uint64_t wait;
     bool json;
 } values;
-static const values defaults = {false};
+static const values defaults = {.json = false};
 static const choir_option options[] = {
     {"json", 0, CHOIR_OPTION_FLAG, offsetof(values, json), NULL, "one JSON object", 0, 0},
+    {"wait", 0, CHOIR_OPTION_COUNT, offsetof(values, wait), "S",
+     "with --server: wait up to S seconds until it is SERVING", 0, 86400},
+    CHOIR_CLI_SERVER_OPTIONS(values, server),
 };
 
 /* Bytes in memory once loaded: packed matrices as the kernels plan them. */
@@ -37,11 +43,6 @@ static choir_status planned_bytes(const choir_model_file *f, uint64_t *dense, ui
     return CHOIR_OK;
 }
 
-static uint64_t kv_bytes_per_token(const choir_model_config *c)
-{
-    return (uint64_t)c->n_layers * 2 * c->n_kv_heads * c->head_dim * sizeof(uint16_t);
-}
-
 static void print_json(const choir_model_file *f, const choir_tokenizer *t, uint64_t dense,
                        uint64_t experts)
 {
@@ -58,11 +59,9 @@ static void print_json(const choir_model_file *f, const choir_tokenizer *t, uint
         (json_int_t)c->expert_hidden, "vocab", (json_int_t)c->vocab, "context",
         (json_int_t)c->max_positions, "bytes_on_disk", (json_int_t)choir_model_file_bytes(f),
         "bytes_dense", (json_int_t)dense, "bytes_experts", (json_int_t)experts, "kv_bytes_per_token",
-        (json_int_t)kv_bytes_per_token(c), "tokenizer", choir_tokenizer_kind(t), "chat_template",
+        (json_int_t)choir_cli_kv_bytes_per_token(c, false), "tokenizer", choir_tokenizer_kind(t), "chat_template",
         choir_model_file_chat_template(f) != NULL, "licence", c->licence);
-    json_dumpf(o, stdout, JSON_INDENT(2));
-    putchar('\n');
-    json_decref(o);
+    choir_cli_print_json(o, true);
 }
 
 static void print_text(const choir_model_file *f, const choir_tokenizer *t, uint64_t dense,
@@ -82,12 +81,61 @@ static void print_text(const choir_model_file *f, const choir_tokenizer *t, uint
     else
         printf("  FFN         %u, dense\n", c->ffn_hidden);
     printf("  context     %u tokens, KV %s a token\n", c->max_positions,
-           choir_format_bytes(kv_bytes_per_token(c), a));
+           choir_format_bytes(choir_cli_kv_bytes_per_token(c, false), a));
     printf("  memory      %s dense, %s experts; on disk %s\n", choir_format_bytes(dense, a),
            choir_format_bytes(experts, b), choir_format_bytes(choir_model_file_bytes(f), d));
     printf("  tokenizer   %s, %u tokens; chat template: %s\n", choir_tokenizer_kind(t), c->vocab,
            choir_model_file_chat_template(f) != NULL ? "yes" : "none");
     printf("  licence     %s\n", c->licence[0] != '\0' ? c->licence : "the file does not say");
+}
+
+static json_t *model_json(const Choir__V1__Model *m)
+{
+    return json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:b, s:s}", "name", m->name,
+                     "family", m->family, "digest", m->digest, "max_tokens",
+                     (json_int_t)m->max_tokens, "layers", (json_int_t)m->n_layers, "hidden",
+                     (json_int_t)m->hidden, "experts", (json_int_t)m->n_experts,
+                     "experts_per_token", (json_int_t)m->n_experts_used, "vocab",
+                     (json_int_t)m->vocab, "tokenizer", m->tokenizer, "chat_template",
+                     (int)m->chat_template, "licence", m->licence);
+}
+
+static void print_served(const values *v, const Choir__V1__ListModelsResponse *answer)
+{
+    if (v->json) {
+        json_t *models = json_array();
+        for (size_t i = 0; i < answer->n_models; i++)
+            json_array_append_new(models, model_json(answer->models[i]));
+        choir_cli_print_json(
+            json_pack("{s:s, s:s, s:o}", "server", v->server.target, "health", "SERVING", "models", models),
+            true);
+        return;
+    }
+    printf("%s is SERVING\n", v->server.target);
+    for (size_t i = 0; i < answer->n_models; i++) {
+        const Choir__V1__Model *m = answer->models[i];
+        printf("  %s: %s, %u layers, context %u tokens", m->name, m->family, m->n_layers,
+               m->max_tokens);
+        if (m->n_experts > 0) printf(", %u of %u experts a token", m->n_experts_used, m->n_experts);
+        putchar('\n');
+    }
+}
+
+static choir_status run_served(const values *v)
+{
+    choir_client *client;
+    ProtobufCMessage *answer = NULL;
+    const Choir__V1__ListModelsRequest request = CHOIR__V1__LIST_MODELS_REQUEST__INIT;
+    choir_cli_catch_interrupts();
+    CHOIR_TRY(choir_cli_client(&v->server, &client));
+    choir_status status = choir_client_wait_serving(client, "", (uint32_t)v->wait * 1000);
+    if (status == CHOIR_OK)
+        status = choir_client_call(client, "/choir.v1.Choir/ListModels", &request.base,
+                                   &choir__v1__list_models_response__descriptor, &answer);
+    if (status == CHOIR_OK) print_served(v, (const Choir__V1__ListModelsResponse *)answer);
+    if (answer != NULL) protobuf_c_message_free_unpacked(answer, NULL);
+    choir_client_destroy(client);
+    return status;
 }
 
 static choir_status run(void *verb_values, choir_arguments *arguments)
@@ -98,6 +146,7 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     choir_tokenizer *t = NULL;
     uint64_t dense = 0, experts = 0;
     choir_status status;
+    if (v->server.target != NULL) return run_served(v);
     CHOIR_TRY_TO(done, status, choir_cli_find_model(arguments->positional[0], path, sizeof path));
     CHOIR_TRY_TO(done, status, choir_model_file_open(path, &f));
     CHOIR_TRY_TO(done, status, choir_tokenizer_open(f, &t));
@@ -109,16 +158,25 @@ done:
     return status;
 }
 
+static choir_status check(const void *verb_values, const choir_arguments *arguments)
+{
+    const values *v = verb_values;
+    if ((v->server.target != NULL) == (arguments->n_positional == 1))
+        return choir_fail(CHOIR_E_INVALID, "give either MODEL or --server HOST:PORT");
+    return CHOIR_OK;
+}
+
 const choir_verb choir_verb_info = {
     .name = "info",
-    .arguments = "MODEL [--json]",
+    .arguments = "MODEL|--server HOST:PORT [--json]",
     .summary = "family, shapes, quantisation, experts, sizes, tokenizer, template, licence",
     .example = "choir info SmolLM2-135M-Instruct.Q4_1",
     .options = options,
     .n_options = sizeof options / sizeof *options,
     .defaults = &defaults,
     .values_bytes = sizeof(values),
-    .min_positional = 1,
+    .min_positional = 0,
     .max_positional = 1,
+    .check = check,
     .run = run,
 };

@@ -7,49 +7,30 @@
 typedef struct values {
     choir_cli_engine_values engine;
     const char *tokens, *out, *routes;
-    double force_expert;
+    uint64_t force_expert;
 } values;
-static const values defaults = {.force_expert = -1};
+static const values defaults = {.force_expert = CHOIR_CLI_UNSET};
 static const choir_option options[] = {
     {"tokens", 0, CHOIR_OPTION_TEXT, offsetof(values, tokens), "5,7,9", "the token ids", 0, 0},
     {"out", 'o', CHOIR_OPTION_TEXT, offsetof(values, out), "FILE",
      "logits as little-endian f32 [n_tokens, vocab]", 0, 0},
     {"routes", 0, CHOIR_OPTION_TEXT, offsetof(values, routes), "FILE",
      "which experts took each token, a JSON object a line", 0, 0},
-    {"force-expert", 0, CHOIR_OPTION_REAL, offsetof(values, force_expert), "N",
-     "every token goes to expert N alone", -1, 65535},
+    {"force-expert", 0, CHOIR_OPTION_COUNT, offsetof(values, force_expert), "N",
+     "every token goes to expert N alone", 0, 65535},
     CHOIR_CLI_ENGINE_OPTIONS(values, engine),
 };
 
 typedef struct job {
     choir_engine *engine;
-    uint32_t *tokens, n_tokens, n_pages, *pages;
+    uint32_t *tokens, n_pages, *pages;
+    size_t n_tokens;
     choir_save out, routes_out;
     choir_routes routes;
     float *logits; /* of one chunk */
 } job;
 
 enum { CHUNK = 64 };
-
-static choir_status parse_tokens(const char *text, uint32_t vocab, job *j)
-{
-    if (text == NULL) return choir_fail(CHOIR_E_INVALID, "--tokens is missing, like --tokens 5,7,9");
-    j->tokens = choir_alloc(CHOIR_MEM_OTHER, (strlen(text) / 2 + 1) * sizeof *j->tokens);
-    if (j->tokens == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the tokens");
-    for (const char *p = text; *p != '\0';) {
-        char *end;
-        unsigned long id = strtoul(p, &end, 10);
-        if (end == p || *p == '-' || (*end != ',' && *end != '\0'))
-            return choir_fail(CHOIR_E_INVALID, "--tokens has '%.20s', must be ids with commas", p);
-        if (id >= vocab)
-            return choir_fail(CHOIR_E_INVALID, "--tokens has %lu, the vocabulary ends at %u", id,
-                              vocab - 1);
-        j->tokens[j->n_tokens++] = (uint32_t)id;
-        p = *end == ',' ? end + 1 : end;
-    }
-    if (j->n_tokens == 0) return choir_fail(CHOIR_E_INVALID, "--tokens is empty");
-    return CHOIR_OK;
-}
 
 static choir_status write_routes(job *j, uint32_t first, uint32_t n)
 {
@@ -99,16 +80,14 @@ static void print_top(const job *j, const float *logits)
                                               text != NULL ? text : json_null()));
     }
     json_t *o = json_pack("{s:i, s:o}", "position", (int)j->n_tokens - 1, "top", list);
-    json_dumpf(o, stdout, JSON_COMPACT | JSON_REAL_PRECISION(9));
-    putchar('\n');
-    json_decref(o);
+    choir_cli_print_json(o, false);
 }
 
 static choir_status run_chunks(job *j, bool save_logits, bool save_routes)
 {
     uint32_t vocab = choir_engine_config(j->engine)->vocab, n = 0;
     for (uint32_t first = 0; first < j->n_tokens; first += n) {
-        n = j->n_tokens - first < CHUNK ? j->n_tokens - first : CHUNK;
+        n = j->n_tokens - first < CHUNK ? (uint32_t)(j->n_tokens - first) : CHUNK;
         choir_span span = {.tokens = j->tokens + first,
                            .n_tokens = n,
                            .position = first,
@@ -156,8 +135,16 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     o.kv_bytes = (uint64_t)256 << 20;
     CHOIR_TRY_TO(done, status, choir_cli_open_engine(arguments->positional[0], &o, &j.engine));
     const choir_model_config *c = choir_engine_config(j.engine);
-    CHOIR_TRY_TO(done, status, choir_engine_force_expert(j.engine, (int32_t)v->force_expert));
-    CHOIR_TRY_TO(done, status, parse_tokens(v->tokens, c->vocab, &j));
+    if (v->force_expert != CHOIR_CLI_UNSET)
+        CHOIR_TRY_TO(done, status,
+                     choir_engine_force_expert(j.engine, (int32_t)v->force_expert));
+    CHOIR_TRY_TO(done, status,
+                 choir_cli_parse_ids("--tokens", v->tokens, c->vocab, &j.tokens, &j.n_tokens));
+    if (j.n_tokens > c->max_positions) {
+        status = choir_fail(CHOIR_E_INVALID, "--tokens has %zu ids, the model's context is %u",
+                            j.n_tokens, c->max_positions);
+        goto done;
+    }
     CHOIR_TRY_TO(done, status, make_buffers(&j));
     if (v->routes != NULL && c->n_experts == 0) {
         status = choir_fail(CHOIR_E_INVALID, "--routes: %s is dense, it routes nothing", c->name);
@@ -188,6 +175,15 @@ done:
     return status;
 }
 
+static choir_status check(const void *verb_values, const choir_arguments *arguments)
+{
+    const values *v = verb_values;
+    (void)arguments;
+    if (v->tokens == NULL)
+        return choir_fail(CHOIR_E_INVALID, "--tokens is missing, like --tokens 5,7,9");
+    return CHOIR_OK;
+}
+
 const choir_verb choir_verb_logits = {
     .name = "logits",
     .arguments = "MODEL --tokens 5,7,9 [--out FILE] [--routes FILE] [--exact]",
@@ -199,5 +195,6 @@ const choir_verb choir_verb_logits = {
     .values_bytes = sizeof(values),
     .min_positional = 1,
     .max_positional = 1,
+    .check = check,
     .run = run,
 };

@@ -5,10 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifndef CHOIR_VERSION
-#define CHOIR_VERSION "0.1.0"
-#endif
-
 static const choir_verb *const verbs[] = {
     &choir_verb_serve,    &choir_verb_chat,       &choir_verb_generate,   &choir_verb_logits,
     &choir_verb_tokenize, &choir_verb_detokenize, &choir_verb_perplexity, &choir_verb_info,
@@ -29,7 +25,8 @@ static void print_usage(FILE *to)
     fprintf(to, "\nnot there yet: ");
     for (int i = 0; i < N_LATER; i++) fprintf(to, "%s%s", i > 0 ? ", " : "", later[i]);
     fprintf(to, "\n\nMODEL is a Hugging Face folder, a .gguf file, or a name in the model cache.\n"
-                "choir VERB --help tells a verb's options, with an example.\n");
+                "choir VERB --help tells a verb's options, with an example.\n\nexample:\n"
+                "  choir chat SmolLM2-135M-Instruct.Q4_1\n");
 }
 
 static void print_verb_help(const choir_verb *v)
@@ -39,10 +36,9 @@ static void print_verb_help(const choir_verb *v)
     printf("\nexample:\n  %s\n", v->example);
 }
 
-static int fail(choir_status status, int code)
+static int fail(int code)
 {
     fprintf(stderr, "choir: %s\n", choir_error_message());
-    (void)status;
     return code;
 }
 
@@ -55,13 +51,15 @@ static int run_verb(const choir_verb *v, int argc, char **argv)
     int code = 0;
     choir_status status = choir_options_parse(v->options, v->n_options, argc, argv, values, &arguments);
     if (status != CHOIR_OK) {
-        code = fail(status, 2);
+        code = fail(2);
     } else if (arguments.n_positional < v->min_positional ||
                arguments.n_positional > v->max_positional) {
         fprintf(stderr, "choir: usage: choir %s %s\n", v->name, v->arguments);
         code = 2;
+    } else if (v->check != NULL && (status = v->check(values, &arguments)) != CHOIR_OK) {
+        code = fail(2);
     } else if ((status = v->run(values, &arguments)) != CHOIR_OK) {
-        code = fail(status, 1);
+        code = fail(1);
     }
     choir_options_free(&arguments);
     free(values);
@@ -97,8 +95,8 @@ int main(int argc, char **argv)
         return 2;
     }
     const char *name = argv[1];
-    bool help = strcmp(name, "help") == 0;
-    if (help && argc > 2) name = argv[2];
+    bool help = strcmp(name, "help") == 0, man = help && argc > 3 && strcmp(argv[2], "--man") == 0;
+    if (help && argc > 2) name = argv[man ? 3 : 2];
     if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) {
         print_usage(stdout);
         return 0;
@@ -117,7 +115,7 @@ int main(int argc, char **argv)
     if (v == NULL) return unknown_verb(name);
     for (int i = 2; i < argc && strcmp(argv[i], "--") != 0; i++) help = help || strcmp(argv[i], "--help") == 0;
     if (help) {
-        print_verb_help(v);
+        (man ? choir_cli_print_man(v, stdout) : print_verb_help(v));
         return 0;
     }
     return run_verb(v, argc - 1, argv + 1);

@@ -41,15 +41,6 @@ choir_status choir_cli_not_yet(const char *what)
                       what);
 }
 
-choir_status choir_cli_set_level(const char *text, choir_engine_options *options)
-{
-    if (text == NULL) return CHOIR_OK;
-    if (!choir_cpu_level_parse(text, &options->level))
-        return choir_fail(CHOIR_E_INVALID, "--cpu-level is '%.40s', must be reference, avx2 or avx512vnni",
-                          text);
-    return CHOIR_OK;
-}
-
 choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
                                       choir_engine_options *options)
 {
@@ -57,7 +48,45 @@ choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
     options->n_threads = (uint32_t)values->threads;
     options->exact = values->exact;
     options->show_progress = true;
-    return choir_cli_set_level(values->cpu_level, options);
+    if (values->cpu_level != NULL && !choir_cpu_level_parse(values->cpu_level, &options->level))
+        return choir_fail(CHOIR_E_INVALID,
+                          "--cpu-level is '%.40s', must be reference, avx2 or avx512vnni",
+                          values->cpu_level);
+    return CHOIR_OK;
+}
+
+uint64_t choir_cli_kv_bytes_per_token(const choir_model_config *c, bool exact)
+{
+    return (uint64_t)c->n_layers * 2 * c->n_kv_heads * c->head_dim *
+           (exact ? sizeof(float) : sizeof(uint16_t));
+}
+
+choir_status choir_cli_parse_ids(const char *what, const char *text, uint32_t limit, uint32_t **ids,
+                                 size_t *n)
+{
+    static const char *const between = ", \t\r\n[]";
+    *ids = choir_alloc(CHOIR_MEM_OTHER, (strlen(text) / 2 + 1) * sizeof **ids);
+    if (*ids == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the ids");
+    *n = 0;
+    for (const char *p = text + strspn(text, between); *p != '\0';) {
+        char *end;
+        unsigned long id = strtoul(p, &end, 10);
+        if (*p < '0' || *p > '9' || (*end != '\0' && strchr(between, *end) == NULL))
+            return choir_fail(CHOIR_E_INVALID, "%s has '%.20s', must be ids like 5,7,9", what, p);
+        if (id >= limit)
+            return choir_fail(CHOIR_E_INVALID, "%s has %.20s, the vocabulary ends at %u", what, p,
+                              limit - 1);
+        (*ids)[(*n)++] = (uint32_t)id;
+        p = end + strspn(end, between);
+    }
+    return *n > 0 ? CHOIR_OK : choir_fail(CHOIR_E_INVALID, "%s holds no ids", what);
+}
+
+void choir_cli_print_json(json_t *object, bool indented)
+{
+    json_dumpf(object, stdout, (indented ? JSON_INDENT(2) : JSON_COMPACT) | JSON_REAL_PRECISION(10));
+    putchar('\n');
+    json_decref(object);
 }
 
 choir_status choir_cli_open_engine(const char *model, const choir_engine_options *options,

@@ -87,9 +87,7 @@ static void print(const values *v, const score *s, double seconds)
     }
     json_t *o = json_pack("{s:f, s:f, s:I, s:f}", "ppl", ppl, "nll", s->nll, "tokens",
                           (json_int_t)s->tokens, "tokens_per_s", speed);
-    json_dumpf(o, stdout, JSON_COMPACT | JSON_REAL_PRECISION(10));
-    putchar('\n');
-    json_decref(o);
+    choir_cli_print_json(o, false);
 }
 
 static choir_status run(void *verb_values, choir_arguments *arguments)
@@ -103,7 +101,6 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     score s = {0};
     choir_status status;
     choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
-    if (v->file == NULL) return choir_fail(CHOIR_E_INVALID, "--file FILE is missing");
     CHOIR_TRY(choir_cli_engine_options(&v->engine, &o));
     o.max_rows = v->context < 512 ? (uint32_t)v->context : 512;
     if (o.max_spans > o.max_rows) o.max_spans = o.max_rows;
@@ -142,6 +139,13 @@ done:
     return status;
 }
 
+static choir_status check(const void *verb_values, const choir_arguments *arguments)
+{
+    const values *v = verb_values;
+    (void)arguments;
+    return v->file != NULL ? CHOIR_OK : choir_fail(CHOIR_E_INVALID, "--file FILE is missing");
+}
+
 const choir_verb choir_verb_perplexity = {
     .name = "perplexity",
     .arguments = "MODEL --file F [--context 512] [--second-half] [--exact] [--json]",
@@ -153,5 +157,6 @@ const choir_verb choir_verb_perplexity = {
     .values_bytes = sizeof(values),
     .min_positional = 1,
     .max_positional = 1,
+    .check = check,
     .run = run,
 };

@@ -1,5 +1,6 @@
 #include "cli/cli.h"
 
+#include "scheduler/scheduler.h"
 #include "server/server.h"
 
 #include <signal.h>
@@ -67,14 +68,10 @@ typedef struct hosted {
 
 static choir_status refuse_later(const values *v)
 {
+    if (v->engine.adapter != NULL) return choir_cli_not_yet("--adapter");
     if (v->http != NULL) return choir_cli_not_yet("--http");
     if (v->adapters != NULL) return choir_cli_not_yet("--adapters");
     if (v->lora_modules.n > 0) return choir_cli_not_yet("--lora-modules");
-    if (strcmp(v->kv_cache_dtype, "auto") != 0 && strcmp(v->kv_cache_dtype, "f16") != 0)
-        return choir_fail(CHOIR_E_INVALID, "--kv-cache-dtype is '%.20s', must be auto or f16",
-                          v->kv_cache_dtype);
-    if ((v->tls_cert != NULL) != (v->tls_key != NULL))
-        return choir_fail(CHOIR_E_INVALID, "--tls-cert and --tls-key go together");
     return CHOIR_OK;
 }
 
@@ -94,8 +91,7 @@ static choir_status kv_budget(const values *v, const char *path, uint32_t n_mode
     budget /= n_models;
     uint64_t scratch = v->max_num_batched_tokens * (c.hidden + c.ffn_hidden + c.expert_hidden) * 32 +
                        (uint64_t)c.vocab * 4 * 64;
-    uint64_t token = (uint64_t)c.n_layers * 2 * c.n_kv_heads * c.head_dim *
-                     (v->engine.exact ? sizeof(float) : sizeof(uint16_t));
+    uint64_t token = choir_cli_kv_bytes_per_token(&c, v->engine.exact);
     uint64_t context = v->max_model_len > 0 ? v->max_model_len : c.max_positions;
     uint64_t most = token * (context + CHOIR_PAGE_TOKENS) * v->max_num_seqs;
     uint64_t least = token * CHOIR_PAGE_TOKENS * 4;
@@ -195,9 +191,6 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     char *cert = NULL, *key = NULL;
     choir_status status;
     CHOIR_TRY(refuse_later(v));
-    if (v->served_model_name.n > n)
-        return choir_fail(CHOIR_E_INVALID, "--served-model-name is given %u times for %u models",
-                          v->served_model_name.n, n);
     /* Threads inherit the mask: the server's own loop takes the signals. */
     sigset_t taken;
     sigemptyset(&taken);
@@ -222,6 +215,21 @@ done:
     return status;
 }
 
+static choir_status check(const void *verb_values, const choir_arguments *arguments)
+{
+    const values *v = verb_values;
+    uint32_t n = arguments->n_positional;
+    if (strcmp(v->kv_cache_dtype, "auto") != 0 && strcmp(v->kv_cache_dtype, "f16") != 0)
+        return choir_fail(CHOIR_E_INVALID, "--kv-cache-dtype is '%.20s', must be auto or f16",
+                          v->kv_cache_dtype);
+    if ((v->tls_cert != NULL) != (v->tls_key != NULL))
+        return choir_fail(CHOIR_E_INVALID, "--tls-cert and --tls-key go together");
+    if (v->served_model_name.n > n)
+        return choir_fail(CHOIR_E_INVALID, "--served-model-name is given %u times for %u models",
+                          v->served_model_name.n, n);
+    return CHOIR_OK;
+}
+
 const choir_verb choir_verb_serve = {
     .name = "serve",
     .arguments = "MODEL… [--listen 127.0.0.1:50051] [--memory 8GiB] [--config FILE]",
@@ -233,5 +241,6 @@ const choir_verb choir_verb_serve = {
     .values_bytes = sizeof(values),
     .min_positional = 1,
     .max_positional = 16,
+    .check = check,
     .run = run,
 };

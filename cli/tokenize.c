@@ -2,7 +2,6 @@
 #include "cli/cli.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum { MAX_TEXT_BYTES = 1 << 30 };
@@ -18,6 +17,14 @@ static const choir_option options[] = {
     {"no-special", 0, CHOIR_OPTION_FLAG, offsetof(values, no_special), NULL,
      "no BOS is added; special tokens in the text stay text", 0, 0},
 };
+
+static choir_status check(const void *verb_values, const choir_arguments *arguments)
+{
+    const values *v = verb_values;
+    if ((v->file != NULL) == (arguments->n_positional == 2))
+        return choir_fail(CHOIR_E_INVALID, "give it either behind MODEL or with --file");
+    return CHOIR_OK;
+}
 
 static choir_status open_tokenizer(const char *model, choir_model_file **file, choir_tokenizer **out)
 {
@@ -45,9 +52,7 @@ static choir_status print_ids(const choir_tokenizer *t, const uint32_t *ids, siz
     json_object_set_new(o, "ids", list);
     json_object_set_new(o, "pieces", pieces);
     json_object_set_new(o, "count", json_integer((json_int_t)n));
-    json_dumpf(o, stdout, JSON_COMPACT);
-    putchar('\n');
-    json_decref(o);
+    choir_cli_print_json(o, false);
     return CHOIR_OK;
 }
 
@@ -60,8 +65,6 @@ static choir_status run_tokenize(void *verb_values, choir_arguments *arguments)
     uint32_t *ids = NULL;
     size_t n, bytes;
     choir_status status;
-    if ((v->file != NULL) == (arguments->n_positional == 2))
-        return choir_fail(CHOIR_E_INVALID, "give the text either as TEXT or with --file");
     CHOIR_TRY_TO(done, status, open_tokenizer(arguments->positional[0], &file, &t));
     if (v->file != NULL) CHOIR_TRY_TO(done, status, choir_file_read(v->file, MAX_TEXT_BYTES, &owned, &bytes));
     const char *text = owned != NULL ? owned : arguments->positional[1];
@@ -77,24 +80,6 @@ done:
     return status;
 }
 
-/* "5,7,9" or "5 7 9" or one a line, into *ids (choir_free). */
-static choir_status parse_ids(const char *text, uint32_t **ids, size_t *n)
-{
-    size_t most = strlen(text) / 2 + 1;
-    *ids = choir_alloc(CHOIR_MEM_OTHER, most * sizeof **ids);
-    if (*ids == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the ids");
-    *n = 0;
-    for (const char *p = text; *p != '\0';) {
-        char *end;
-        unsigned long id = strtoul(p, &end, 10);
-        if (end == p || *p == '-' || id > UINT32_MAX || *n == most)
-            return choir_fail(CHOIR_E_INVALID, "ids must be whole numbers with commas, found '%.20s'", p);
-        (*ids)[(*n)++] = (uint32_t)id;
-        p = end + strspn(end, ", \t\r\n[]");
-    }
-    return CHOIR_OK;
-}
-
 static choir_status run_detokenize(void *verb_values, choir_arguments *arguments)
 {
     const values *v = verb_values;
@@ -104,18 +89,15 @@ static choir_status run_detokenize(void *verb_values, choir_arguments *arguments
     uint32_t *ids = NULL;
     size_t n, bytes;
     choir_status status;
-    if ((v->file != NULL) == (arguments->n_positional == 2))
-        return choir_fail(CHOIR_E_INVALID, "give the ids either as 5,7,9 or with --file");
     CHOIR_TRY_TO(done, status, open_tokenizer(arguments->positional[0], &file, &t));
     if (v->file != NULL) CHOIR_TRY_TO(done, status, choir_file_read(v->file, MAX_TEXT_BYTES, &owned, &bytes));
     const char *list = owned != NULL ? owned : arguments->positional[1];
-    CHOIR_TRY_TO(done, status, parse_ids(list + strspn(list, " [\n"), &ids, &n));
+    CHOIR_TRY_TO(done, status,
+                 choir_cli_parse_ids(v->file != NULL ? v->file : "IDS", list,
+                                     choir_tokenizer_n_ids(t), &ids, &n));
     CHOIR_TRY_TO(done, status, choir_tokenizer_decode(t, ids, n, v->no_special, &text, &bytes));
     if (v->json) {
-        json_t *o = json_pack("{s:s%}", "text", text, bytes);
-        json_dumpf(o, stdout, JSON_COMPACT);
-        putchar('\n');
-        json_decref(o);
+        choir_cli_print_json(json_pack("{s:s%}", "text", text, bytes), false);
     } else {
         fwrite(text, 1, bytes, stdout);
         putchar('\n');
@@ -140,6 +122,7 @@ const choir_verb choir_verb_tokenize = {
     .values_bytes = sizeof(values),
     .min_positional = 1,
     .max_positional = 2,
+    .check = check,
     .run = run_tokenize,
 };
 
@@ -161,5 +144,6 @@ const choir_verb choir_verb_detokenize = {
     .values_bytes = sizeof(values),
     .min_positional = 1,
     .max_positional = 2,
+    .check = check,
     .run = run_detokenize,
 };
