@@ -199,7 +199,7 @@ static choir_status pack_delta(const choir_call *call, const choir_event *e, grp
         delta.logprobs = logprobs == NULL ? NULL : block.list;
     }
     if (e->route_experts != NULL && status == CHOIR_OK) {
-        size_t n = (size_t)e->n_tokens * g->n_layers * g->n_used;
+        size_t n = (size_t)g->n_layers * g->n_used;
         experts = choir_calloc(CHOIR_MEM_REQUESTS, n, sizeof *experts);
         if (experts == NULL) status = choir_fail(CHOIR_E_NO_MEMORY, "no memory for routes");
         for (size_t i = 0; i < n && experts != NULL; i++) experts[i] = e->route_experts[i];

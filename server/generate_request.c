@@ -262,20 +262,6 @@ static choir_status resolve_bias(choir_generate_request *r, const Choir__V1__Sam
     return CHOIR_OK;
 }
 
-/* The client's, then the model's own ends. */
-static void resolve_stop_ids(choir_generate_request *r, const Choir__V1__Sampling *s)
-{
-    const choir_model_config *c = r->model->config;
-    uint32_t n = 0;
-    for (size_t i = 0; i < s->n_stop_token_ids; i++) r->stop_ids[n++] = s->stop_token_ids[i];
-    bool ignore_eos = s->_ignore_eos_case != 0 && s->ignore_eos;
-    for (uint32_t i = 0; i < c->n_eos && !ignore_eos && n < CHOIR_MAX_STOP_IDS; i++)
-        if (c->eos_ids[i] >= 0 && (uint32_t)c->eos_ids[i] < c->vocab)
-            r->stop_ids[n++] = (uint32_t)c->eos_ids[i];
-    r->request.stop_ids = r->stop_ids;
-    r->request.n_stop_ids = n;
-}
-
 #define TAKE(field, into)                                                                          \
     if (s->_##field##_case != 0) (into) = s->field
 
@@ -309,7 +295,8 @@ static choir_status resolve_sampling(choir_generate_request *r)
     TAKE(skip_special_tokens, q->skip_special);
     q->stops = (const char *const *)s->stop;
     q->n_stops = (uint32_t)s->n_stop;
-    resolve_stop_ids(r, s);
+    q->stop_ids = s->stop_token_ids;
+    q->n_stop_ids = (uint32_t)s->n_stop_token_ids;
     return resolve_bias(r, s);
 }
 

@@ -15,7 +15,6 @@ typedef struct choir_generate_request {
     char id[129];
     uint32_t *tokens; /* NULL when they lie in the message */
     choir_logit_bias *logit_bias;
-    uint32_t stop_ids[CHOIR_MAX_STOP_IDS];
     bool return_routes;
     choir_request request;
 } choir_generate_request;

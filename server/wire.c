@@ -219,7 +219,7 @@ static choir_status check_value(walk *w, const ProtobufCMessageDescriptor *type,
         snprintf(why, sizeof why, "has %zu bytes; the limit is %u", field->bytes, rule->max_bytes);
         return refuse(p, why);
     }
-    if (known->type == PROTOBUF_C_TYPE_STRING) return check_text(field, p);
+    if (known->type == PROTOBUF_C_TYPE_STRING && w->rules != NULL) return check_text(field, p);
     return CHOIR_OK;
 }
 

@@ -76,7 +76,7 @@ static void left_out_means_the_models_own(void **state)
     assert_int_equal(r.request.max_tokens, 0);
     assert_true(r.request.skip_special);
     assert_false(r.request.want_logprobs);
-    assert_int_equal(r.request.n_stop_ids, 2);
+    assert_int_equal(r.request.n_stop_ids, 0); /* the model's own ends are the scheduler's matter */
     assert_int_equal(r.request.n_tokens, 3);
     assert_int_equal(r.request.tokens[2], 'c');
     choir_generate_request_free(&r);
@@ -107,7 +107,7 @@ static void said_is_taken(void **state)
     assert_float_equal(r.request.sampling.temperature, 0, 0);
     assert_int_equal(r.request.sampling.seed, 42);
     assert_true(r.request.ignore_eos && r.request.want_logprobs && !r.request.skip_special);
-    assert_int_equal(r.request.n_stop_ids, 1); /* the model's ends are ignored */
+    assert_int_equal(r.request.n_stop_ids, 1);
     assert_int_equal(r.request.priority, -7);
     assert_string_equal(r.request.id, "me");
     choir_generate_request_free(&r);
