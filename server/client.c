@@ -175,11 +175,11 @@ static bool run(exchange *x, const grpc_op *ops, size_t n)
 {
     enum { LOOK_MS = 50 };
     if (grpc_call_start_batch(x->call, ops, n, x, NULL) != GRPC_CALL_OK) return false;
+    const volatile sig_atomic_t *stop = x->client->stop;
     for (;;) {
+        if (stop != NULL && *stop) cancel(x);
         grpc_event e = grpc_completion_queue_next(x->queue, after_ms(LOOK_MS), NULL);
         if (e.type == GRPC_OP_COMPLETE) return e.success != 0;
-        const volatile sig_atomic_t *stop = x->client->stop;
-        if (stop != NULL && *stop) cancel(x);
     }
 }
 

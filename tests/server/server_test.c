@@ -127,17 +127,15 @@ static void tells_the_servers_sentence(void **state)
 static void can_be_stopped(void **state)
 {
     (void)state;
-    model.step_ms = 5;
     choir_client *client = connect_to(choir_server_address(server, 0), 0);
     seen s = {.stop_after = 20}; /* the flag is raised at the tenth event */
-    assert_int_equal(ask(client, "x", 3000, &s), CHOIR_E_CANCELLED);
+    assert_int_equal(ask(client, "<|slow|>", 3000, &s), CHOIR_E_CANCELLED);
     assert_true(s.started && !s.done && s.n_events <= 21);
     stop = 0;
     choir_client_destroy(client);
     client = connect_to(choir_server_address(server, 0), 300);
     s = (seen){0};
-    assert_int_equal(ask(client, "x", 3000, &s), CHOIR_E_DEADLINE);
-    model.step_ms = 0;
+    assert_int_equal(ask(client, "<|slow|>", 3000, &s), CHOIR_E_DEADLINE);
     choir_client_destroy(client);
 }
 
