@@ -92,7 +92,9 @@ static choir_status open_from(choir_engine *e, const choir_model_file *file)
                            .n_experts = e->config.n_experts,
                            .k = e->config.n_experts_used,
                            .normalise = e->config.normalise_topk};
-    CHOIR_TRY(choir_tokenizer_open(file, &e->tokenizer));
+    choir_tokenizer *tokenizer;
+    CHOIR_TRY(choir_tokenizer_open(file, &tokenizer));
+    e->tokenizer = tokenizer;
     CHOIR_TRY(open_template(e, file));
     CHOIR_TRY(choir_workers_create(e->options.n_threads, &e->workers));
     e->n_threads = choir_workers_count(e->workers);

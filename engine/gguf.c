@@ -55,7 +55,7 @@ static choir_status take(choir_gguf *g, size_t n, const char *what, const uint8_
 
 static choir_status take_u32(choir_gguf *g, const char *what, uint32_t *out)
 {
-    const uint8_t *p;
+    const uint8_t *p = NULL;
     CHOIR_TRY(take(g, 4, what, &p));
     memcpy(out, p, 4);
     return CHOIR_OK;
@@ -63,7 +63,7 @@ static choir_status take_u32(choir_gguf *g, const char *what, uint32_t *out)
 
 static choir_status take_u64(choir_gguf *g, const char *what, uint64_t *out)
 {
-    const uint8_t *p;
+    const uint8_t *p = NULL;
     CHOIR_TRY(take(g, 8, what, &p));
     memcpy(out, p, 8);
     return CHOIR_OK;
@@ -77,7 +77,7 @@ static choir_status take_text(choir_gguf *g, const char *what, uint64_t most, ch
     if (n > most)
         return choir_fail(CHOIR_E_FORMAT, "%s: %s at byte %zu has length %" PRIu64
                           ", the limit is %" PRIu64, g->name, what, at, n, most);
-    const uint8_t *p;
+    const uint8_t *p = NULL;
     CHOIR_TRY(take(g, (size_t)n, what, &p));
     *out = (choir_text){(const char *)p, (size_t)n};
     return CHOIR_OK;

@@ -259,7 +259,7 @@ static choir_status read_hf_template(choir_model_file *f)
         return choir_file_read(path, MAX_TEMPLATE_BYTES, &f->chat_template, &bytes);
     snprintf(path, sizeof path, "%s/tokenizer_config.json", f->path);
     if (!choir_file_exists(path)) return CHOIR_OK;
-    json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &error);
+    json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES | JSON_DECODE_INT_AS_REAL, &error);
     if (root == NULL)
         return choir_fail(CHOIR_E_FORMAT, "%s: bad JSON in line %d: %s", path, error.line, error.text);
     const json_t *source = json_object_get(root, "chat_template");

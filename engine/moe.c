@@ -69,7 +69,7 @@ static void open_experts(choir_engine *e, uint32_t l)
         s->q8_in_at[x] = in_at;
         s->q8_ffn_at[x] = ffn_at;
         in_at += (choir_acts_q8_bytes(n, e->config.hidden) + 63) & ~(size_t)63;
-        ffn_at += (choir_acts_q8_bytes(n, e->config.expert_hidden) + 63) & ~(size_t)63;
+        ffn_at += (choir_acts_q8_bytes(2 * n, e->config.expert_hidden) + 63) & ~(size_t)63;
     }
     CHOIR_ASSERT(e->options.exact || (in_at <= s->q8_h_bytes && ffn_at <= s->q8_ffn_bytes));
 }
@@ -92,21 +92,43 @@ static void gather(choir_engine *e, uint32_t worker, uint32_t n_workers)
                s->h + (size_t)(s->plan->slots[slot] / s->plan->k) * hidden, hidden * sizeof(float));
 }
 
-/* Quantises the worker's share of slots; each expert's slots lie in an area of their own. */
-static void quantize_slots(choir_engine *e, const float *x, uint32_t cols, uint8_t *q8,
-                           const size_t *at, uint32_t worker, uint32_t n_workers)
+/* The worker's share of an expert's slots, as rows of that expert; false: none of them. */
+static bool own_slots(const choir_engine *e, uint32_t expert, uint32_t worker, uint32_t n_workers,
+                      uint32_t *begin, uint32_t *end)
+{
+    const step *s = &e->step;
+    uint64_t own_begin, own_end, first = s->plan->first[expert], last = s->plan->first[expert + 1];
+    choir_share((uint64_t)s->n_rows * s->plan->k, 1, worker, n_workers, &own_begin, &own_end);
+    if (own_begin < first) own_begin = first;
+    if (own_end > last) own_end = last;
+    if (own_begin >= own_end) return false;
+    *begin = (uint32_t)(own_begin - first);
+    *end = (uint32_t)(own_end - first);
+    return true;
+}
+
+/* Quantises the worker's share of what the experts are given; each expert's slots lie in an area of
+ * their own. */
+static void quantize_inputs(choir_engine *e, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
-    if (e->options.exact) return;
-    uint64_t begin, end;
-    choir_share((uint64_t)s->n_rows * s->plan->k, 1, worker, n_workers, &begin, &end);
-    for (uint32_t expert = 0; expert < e->config.n_experts; expert++) {
-        uint64_t first = s->plan->first[expert], last = s->plan->first[expert + 1];
-        uint64_t b = begin > first ? begin : first, n = end < last ? end : last;
-        if (b < n)
-            e->kernels->quantize(x + first * cols, cols, q8 + at[expert], (uint32_t)(b - first),
-                                 (uint32_t)(n - first));
-    }
+    uint32_t hidden = e->config.hidden, begin, end;
+    for (uint32_t x = 0; x < e->config.n_experts && !e->options.exact; x++)
+        if (own_slots(e, x, worker, n_workers, &begin, &end))
+            e->kernels->quantize(s->slot_in + (size_t)s->plan->first[x] * hidden, hidden,
+                                 s->q8_h + s->q8_in_at[x], begin, end);
+}
+
+/* The same for the inputs of their last products. */
+static void quantize_gated(choir_engine *e, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    uint32_t begin, end;
+    for (uint32_t x = 0; x < e->config.n_experts; x++)
+        if (own_slots(e, x, worker, n_workers, &begin, &end))
+            choir_quantize_twice(e, &s->pinned[x]->down,
+                                 s->gate + (size_t)2 * s->plan->first[x] * e->config.expert_hidden,
+                                 n_slots_of(s->plan, x), s->q8_ffn + s->q8_ffn_at[x], begin, end);
 }
 
 /* gate = silu(Wg h) · (Wu h) over the worker's own columns; no meeting is needed in between. */
@@ -135,14 +157,16 @@ static void down_and_mix(choir_engine *e, uint32_t expert, uint32_t worker, uint
     uint64_t begin, end;
     choir_share(hidden, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
     if (begin == end) return;
-    const choir_acts in = {s->gate + (size_t)first * ffn, s->q8_ffn + s->q8_ffn_at[expert],
-                           n_slots_of(p, expert), ffn};
-    e->kernels->matmul(w, &in, s->slot_out + (size_t)first * hidden, hidden, (uint32_t)begin,
-                       (uint32_t)end);
+    uint32_t n = n_slots_of(p, expert);
+    float *y = s->slot_out + (size_t)2 * first * hidden;
+    const choir_acts in = {s->gate + (size_t)2 * first * ffn, s->q8_ffn + s->q8_ffn_at[expert],
+                           choir_rows_given(w, n), ffn};
+    e->kernels->matmul(w, &in, y, hidden, (uint32_t)begin, (uint32_t)end);
+    choir_fold_twice(e, w, y, n, (uint32_t)begin, (uint32_t)end);
     for (uint32_t slot = first; slot < p->first[expert + 1]; slot++) {
         size_t i = p->slots[slot] / p->k;
         e->kernels->add_scaled(s->x + i * hidden + begin,
-                               s->slot_out + (size_t)slot * hidden + begin,
+                               y + (size_t)(slot - first) * hidden + begin,
                                p->weights[p->slots[slot]], (uint32_t)(end - begin));
     }
 }
@@ -158,7 +182,7 @@ static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
     choir_workers_sync(e->workers);
 
     gather(e, worker, n_workers);
-    quantize_slots(e, s->slot_in, hidden, s->q8_h, s->q8_in_at, worker, n_workers);
+    quantize_inputs(e, worker, n_workers);
     choir_workers_sync(e->workers);
 
     for (uint32_t x = 0; x < n; x++) {
@@ -166,12 +190,12 @@ static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
         size_t first = s->plan->first[x];
         const choir_acts in = {s->slot_in + first * hidden, s->q8_h + s->q8_in_at[x],
                                n_slots_of(s->plan, x), hidden};
-        gate_and_up(e, s->pinned[x], &in, s->gate + first * ffn, s->up + first * ffn, worker,
+        gate_and_up(e, s->pinned[x], &in, s->gate + 2 * first * ffn, s->up + first * ffn, worker,
                     n_workers);
     }
     choir_workers_sync(e->workers);
 
-    quantize_slots(e, s->gate, ffn, s->q8_ffn, s->q8_ffn_at, worker, n_workers);
+    quantize_gated(e, worker, n_workers);
     choir_workers_sync(e->workers);
 
     for (uint32_t x = 0; x < n; x++)
@@ -196,8 +220,8 @@ static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_w
 
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
-    if (!e->options.exact && begin < end)
-        e->kernels->quantize(s->gate, ffn, s->q8_ffn, (uint32_t)begin, (uint32_t)end);
+    choir_quantize_twice(e, &s->pinned[0]->down, s->gate, s->n_rows, s->q8_ffn, (uint32_t)begin,
+                         (uint32_t)end);
     choir_workers_sync(e->workers);
 
     const choir_acts act = {s->gate, s->q8_ffn, s->n_rows, ffn};

@@ -43,14 +43,14 @@ typedef struct step {
     attention_item *items;    /* [R * n_kv_heads] */
     atomic_uint next_item;    /* relaxed ticket: items are independent; results meet at a sync */
     float *x;                 /* [R, hidden] the residual stream */
-    float *h;                 /* [R, hidden] normed; also the gathered output rows */
+    float *h;                 /* [2 R, hidden] normed rows; products of rows that are given twice */
     float *cos, *sin;         /* [R, rotary / 2] */
-    float *q, *k, *v, *att;   /* [R, heads hd], [R, kv hd] x 2, [R, heads hd] */
+    float *q, *k, *v, *att;   /* [R, heads hd], [R, kv hd] x 2, [2 R, heads hd] */
     float *router_logits;     /* [R, n_experts] */
     choir_plan *plan;
     float *slot_in;           /* [S, hidden] an expert's rows side by side (MoE) */
-    float *gate, *up;         /* [S, ffn] */
-    float *slot_out;          /* [S, hidden] (MoE) */
+    float *gate, *up;         /* [2 S, ffn]: expert e's rows begin at 2 first[e], given twice; [S, ffn] */
+    float *slot_out;          /* [2 S, hidden] (MoE), like gate */
     uint8_t *q8_h, *q8_att, *q8_ffn; /* quantised rows; of slots: one area per expert */
     size_t *q8_in_at, *q8_ffn_at; /* [n_experts] where an expert's area begins in q8_h, q8_ffn */
     size_t q8_h_bytes, q8_ffn_bytes;
@@ -111,7 +111,17 @@ void choir_phase_head(choir_engine *engine, uint32_t worker, uint32_t n_workers)
 /* h = norm(x) for the worker's rows, quantised into q8 unless exact. */
 void choir_norm_rows(choir_engine *engine, const float *weight, float *h, uint8_t *q8,
                      uint32_t worker, uint32_t n_workers);
-/* The residual stream gets W a: the worker's own columns. y: [n_rows, hidden] scratch. */
+/* The products that go into the residual stream (attention's and the FFN's last) carry most of the error of
+ * 8-bit activations, so with quantised weights each row is given twice: as it is quantised, and what that
+ * left over, quantised again, n rows later. Rows [begin, end) of n. */
+void choir_quantize_twice(const choir_engine *engine, const choir_matrix *w, float *x, uint32_t n,
+                          uint8_t *q8, uint32_t begin, uint32_t end);
+/* y += its second half, over columns [begin, end), when w's rows were given twice. */
+void choir_fold_twice(const choir_engine *engine, const choir_matrix *w, float *y, uint32_t n,
+                      uint32_t begin, uint32_t end);
+/* How many rows a product of n rows has: n or 2 n. */
+uint32_t choir_rows_given(const choir_matrix *w, uint32_t n);
+/* The residual stream gets W a: the worker's own columns. y: [2 n_rows, hidden] scratch. */
 void choir_multiply_into_residual(const choir_engine *engine, const choir_matrix *w,
                                   const choir_acts *acts, float *y, float *x, uint32_t worker,
                                   uint32_t n_workers);

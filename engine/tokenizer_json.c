@@ -662,7 +662,8 @@ static void read_named(choir_tokenizer *t, const json_t *root, const char *field
 choir_status choir_tokenizer_read_config(choir_tokenizer *t, const char *json, size_t bytes)
 {
     json_error_t error;
-    json_t *root = json_loadb(json, bytes, JSON_ALLOW_NUL, &error);
+    /* model_max_length is often 1e30, written as a whole number that no integer holds. */
+    json_t *root = json_loadb(json, bytes, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &error);
     if (root == NULL)
         return choir_fail(CHOIR_E_FORMAT, "tokenizer_config.json: %s (line %d, column %d)",
                           error.text, error.line, error.column);
