@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
 choir_status choir_cli_client(const choir_cli_server_values *server, choir_client **out)
 {
@@ -80,6 +81,14 @@ void choir_answer_add(json_t *result, const char *text, size_t bytes, const uint
     json_object_set_new(result, "text", json_stringn(joined, n + bytes));
     free(joined);
     for (size_t i = 0; i < n_tokens; i++) json_array_append_new(ids, json_integer(tokens[i]));
+}
+
+uint64_t choir_answer_seed(const choir_cli_sampling_values *v)
+{
+    uint64_t seed = 0;
+    if (v->seed != CHOIR_CLI_UNSET) return v->seed;
+    if (getrandom(&seed, sizeof seed, 0) != sizeof seed) seed = choir_clock_now();
+    return seed >> 11;
 }
 
 static json_t *milliseconds(uint64_t ns)

@@ -1,9 +1,8 @@
 /* WHAT    Who answers in `generate` and `chat`: a model in this process, or a server over gRPC.
  * OWNS    Its engine and scheduler, or its client.
  * THREADS The main thread; Ctrl-C (choir_cli_interrupted) ends the running answer.
- * ERRORS  Those of the scheduler or of the server, sentence included; CHOIR_E_CANCELLED after Ctrl-C.
- * LIMITS  One answer at a time.
- * NEXT    scheduler/scheduler.h, server/client.h */
+ * ERRORS  Those of the scheduler or of the server, sentence included; CHOIR_E_CANCELLED after
+ * Ctrl-C. LIMITS  One answer at a time. NEXT    scheduler/scheduler.h, server/client.h */
 #pragma once
 #include "cli/cli.h"
 #include "scheduler/scheduler.h"
@@ -17,11 +16,10 @@ typedef struct choir_cli_sampling_values {
     bool ignore_eos;
 } choir_cli_sampling_values;
 #define CHOIR_CLI_SAMPLING_DEFAULT                                                                 \
-    {.temperature = -1,                                                                            \
-     .top_p = -1,                                                                                  \
-     .repetition_penalty = -1,                                                                     \
-     .top_k = CHOIR_CLI_UNSET,                                                                     \
-     .seed = CHOIR_CLI_UNSET}
+    {                                                                                              \
+        .temperature = -1, .top_p = -1, .repetition_penalty = -1, .top_k = CHOIR_CLI_UNSET,        \
+        .seed = CHOIR_CLI_UNSET                                                                    \
+    }
 // clang-format off
 #define CHOIR_CLI_SAMPLING_OPTIONS(type, member)                                                                 \
     {"max-tokens", 'n', CHOIR_OPTION_COUNT, offsetof(type, member.max_tokens), "N",                              \
@@ -63,8 +61,8 @@ typedef struct choir_cli_server_values {
      "roots to trust, PEM; left out: the system's", 0, 0}
 // clang-format on
 /* A client that Ctrl-C stops. */
-choir_status choir_cli_client(const choir_cli_server_values *server, choir_client **out)
-    CHOIR_MUST_USE;
+choir_status choir_cli_client(const choir_cli_server_values *server,
+                              choir_client **out) CHOIR_MUST_USE;
 
 typedef struct choir_answerer {
     choir_engine *engine; /* here … */
@@ -82,13 +80,16 @@ typedef struct choir_ask {
 } choir_ask;
 
 choir_status choir_answerer_open(const char *model, const choir_cli_server_values *server,
-                                 const choir_cli_engine_values *engine, choir_answerer *out)
-    CHOIR_MUST_USE;
+                                 const choir_cli_engine_values *engine,
+                                 choir_answerer *out) CHOIR_MUST_USE;
 void choir_answerer_close(choir_answerer *answerer);
-/* Fills result (an empty object) with model, text, token_ids, finish_reason, seed, usage, timings; what
- * had come is there too when the answer was cut short. */
-choir_status choir_answer(const choir_answerer *answerer, const choir_ask *ask, json_t *result)
-    CHOIR_MUST_USE;
+/* Fills result (an empty object) with model, text, token_ids, finish_reason, seed, usage, timings;
+ * what had come is there too when the answer was cut short. */
+choir_status choir_answer(const choir_answerer *answerer, const choir_ask *ask,
+                          json_t *result) CHOIR_MUST_USE;
+
+/* --seed, or one drawn anew, small enough that --seed takes it. */
+uint64_t choir_answer_seed(const choir_cli_sampling_values *sampling);
 
 /* The halves of choir_answer, and what both write into the result. */
 choir_status choir_answer_here(const choir_answerer *answerer, const choir_ask *ask,

@@ -1,12 +1,11 @@
 /* One request through a scheduler of this process. */
 #include "cli/answer.h"
 
-#include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <time.h>
 
-static void set_token_text(json_t *variables, const choir_tokenizer *t, const char *name, int32_t id)
+static void set_token_text(json_t *variables, const choir_tokenizer *t, const char *name,
+                           int32_t id)
 {
     size_t bytes;
     const char *piece = id < 0 ? NULL : choir_tokenizer_piece(t, (uint32_t)id, &bytes);
@@ -39,13 +38,6 @@ static choir_status chat_tokens(const choir_engine *engine, const json_t *messag
     return status;
 }
 
-static uint64_t draw_seed(void)
-{
-    uint64_t seed = 0;
-    if (getrandom(&seed, sizeof seed, 0) != sizeof seed) seed = choir_clock_now();
-    return seed >> 11; /* what --seed takes, so that it can be given again */
-}
-
 /* The flags over the model's generation_config over the stated defaults. */
 static choir_sampling sampling_of(const choir_cli_sampling_values *v, const choir_model_config *c)
 {
@@ -61,7 +53,7 @@ static choir_sampling sampling_of(const choir_cli_sampling_values *v, const choi
     s.min_p = (float)v->min_p;
     s.presence_penalty = (float)v->presence_penalty;
     s.frequency_penalty = (float)v->frequency_penalty;
-    s.seed = v->seed != CHOIR_CLI_UNSET ? v->seed : draw_seed();
+    s.seed = choir_answer_seed(v);
     s.min_tokens = (uint32_t)v->min_tokens;
     return s;
 }

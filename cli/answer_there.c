@@ -40,8 +40,7 @@ static choir_status write_chat(const json_t *messages, letter *l)
 /* Flags that were not given are left out: the server knows the model's own defaults. */
 static void write_sampling(const choir_cli_sampling_values *v, Choir__V1__Sampling *s)
 {
-    if (v->temperature >= 0)
-        CHOIR_CLIENT_SET(s, temperature, TEMPERATURE, (float)v->temperature);
+    if (v->temperature >= 0) CHOIR_CLIENT_SET(s, temperature, TEMPERATURE, (float)v->temperature);
     if (v->top_p >= 0) CHOIR_CLIENT_SET(s, top_p, TOP_P, (float)v->top_p);
     if (v->top_k != CHOIR_CLI_UNSET) CHOIR_CLIENT_SET(s, top_k, TOP_K, (uint32_t)v->top_k);
     if (v->min_p > 0) CHOIR_CLIENT_SET(s, min_p, MIN_P, (float)v->min_p);
@@ -51,7 +50,7 @@ static void write_sampling(const choir_cli_sampling_values *v, Choir__V1__Sampli
         CHOIR_CLIENT_SET(s, presence_penalty, PRESENCE_PENALTY, (float)v->presence_penalty);
     if (v->frequency_penalty != 0)
         CHOIR_CLIENT_SET(s, frequency_penalty, FREQUENCY_PENALTY, (float)v->frequency_penalty);
-    if (v->seed != CHOIR_CLI_UNSET) CHOIR_CLIENT_SET(s, seed, SEED, v->seed);
+    CHOIR_CLIENT_SET(s, seed, SEED, choir_answer_seed(v));
     if (v->max_tokens > 0) CHOIR_CLIENT_SET(s, max_tokens, MAX_TOKENS, (uint32_t)v->max_tokens);
     if (v->min_tokens > 0) CHOIR_CLIENT_SET(s, min_tokens, MIN_TOKENS, (uint32_t)v->min_tokens);
     if (v->ignore_eos) CHOIR_CLIENT_SET(s, ignore_eos, IGNORE_EOS, true);
@@ -64,7 +63,10 @@ typedef struct listener {
     json_t *result;
 } listener;
 
-static uint64_t nanoseconds(double ms) { return ms > 0 ? (uint64_t)(ms * 1e6) : 0; }
+static uint64_t nanoseconds(double ms)
+{
+    return ms > 0 ? (uint64_t)(ms * 1e6) : 0;
+}
 
 static void end_with(json_t *result, const Choir__V1__Done *done)
 {
@@ -98,8 +100,11 @@ static bool on_event(void *user, const Choir__V1__GenerateEvent *event)
         choir_answer_add(l->result, d->text, bytes, d->token_ids, d->n_token_ids);
         break;
     }
-    case CHOIR__V1__GENERATE_EVENT__EVENT_DONE: end_with(l->result, event->done); break;
-    default: break; /* an event that a newer server may send */
+    case CHOIR__V1__GENERATE_EVENT__EVENT_DONE:
+        end_with(l->result, event->done);
+        break;
+    default:
+        break; /* an event that a newer server may send */
     }
     return true;
 }

@@ -13,8 +13,10 @@ typedef struct values {
 } values;
 static const values defaults = {.prompt = 512, .generate = 128, .batch = "1,8,32"};
 static const choir_option options[] = {
-    {"prompt", 0, CHOIR_OPTION_COUNT, offsetof(values, prompt), "N", "tokens of the prompt", 1, 65536},
-    {"generate", 0, CHOIR_OPTION_COUNT, offsetof(values, generate), "N", "tokens decoded", 1, 65536},
+    {"prompt", 0, CHOIR_OPTION_COUNT, offsetof(values, prompt), "N", "tokens of the prompt", 1,
+     65536},
+    {"generate", 0, CHOIR_OPTION_COUNT, offsetof(values, generate), "N", "tokens decoded", 1,
+     65536},
     {"batch", 0, CHOIR_OPTION_TEXT, offsetof(values, batch), "1,8,32", "sequences at once", 0, 0},
     {"json", 0, CHOIR_OPTION_FLAG, offsetof(values, json), NULL, "one JSON object", 0, 0},
     CHOIR_CLI_ENGINE_OPTIONS(values, engine),
@@ -33,9 +35,11 @@ static choir_status parse_batches(const char *text, uint32_t *batches, uint32_t 
     for (const char *p = text; *p != '\0';) {
         char *end;
         unsigned long b = strtoul(p, &end, 10);
-        if (end == p || b < 1 || b > MAX_BATCH || *n == MAX_BATCHES || (*end != ',' && *end != '\0'))
-            return choir_fail(CHOIR_E_INVALID, "--batch is '%.40s', must be up to %d numbers from 1 to %d",
-                              text, MAX_BATCHES, MAX_BATCH);
+        if (end == p || b < 1 || b > MAX_BATCH || *n == MAX_BATCHES ||
+            (*end != ',' && *end != '\0'))
+            return choir_fail(CHOIR_E_INVALID,
+                              "--batch is '%.40s', must be up to %d numbers from 1 to %d", text,
+                              MAX_BATCHES, MAX_BATCH);
         batches[(*n)++] = (uint32_t)b;
         p = *end == ',' ? end + 1 : end;
     }
@@ -143,9 +147,11 @@ static choir_status open_bench(const values *v, const char *model, uint32_t larg
     CHOIR_TRY(choir_engine_open(path, &o, &b->engine));
     const choir_model_config *config = choir_engine_config(b->engine);
     if (total > config->max_positions)
-        return choir_fail(CHOIR_E_INVALID, "--prompt and --generate make %u tokens, the context is %u",
-                          total, config->max_positions);
-    b->pages = choir_alloc(CHOIR_MEM_OTHER, (size_t)b->pages_per_sequence * largest * sizeof *b->pages);
+        return choir_fail(CHOIR_E_INVALID,
+                          "--prompt and --generate make %u tokens, the context is %u", total,
+                          config->max_positions);
+    b->pages =
+        choir_alloc(CHOIR_MEM_OTHER, (size_t)b->pages_per_sequence * largest * sizeof *b->pages);
     b->tokens = choir_alloc(CHOIR_MEM_OTHER, total * sizeof *b->tokens);
     b->spans = choir_alloc(CHOIR_MEM_OTHER, largest * sizeof *b->spans);
     if (b->pages == NULL || b->tokens == NULL || b->spans == NULL)
@@ -169,7 +175,8 @@ static void print(const values *v, const bench *b, const result *r, uint32_t n, 
     double ceiling = bandwidth / bytes_per_token(b->engine);
     const choir_kernels *k = choir_engine_kernels(b->engine);
     if (!v->json) {
-        printf("%s, %u threads, %s kernels; memory reads %.1f GB/s, enough for %.0f tokens/s of one sequence\n",
+        printf("%s, %u threads, %s kernels; memory reads %.1f GB/s, enough for %.0f tokens/s of "
+               "one sequence\n",
                choir_engine_config(b->engine)->name, choir_engine_n_threads(b->engine), k->name,
                bandwidth / 1e9, ceiling);
         for (uint32_t i = 0; i < n; i++)
@@ -180,13 +187,14 @@ static void print(const values *v, const bench *b, const result *r, uint32_t n, 
     json_t *runs = json_array();
     for (uint32_t i = 0; i < n; i++)
         json_array_append_new(
-            runs, json_pack("{s:i, s:f, s:f, s:f}", "batch", (int)r[i].batch, "prefill_tokens_per_s",
-                            r[i].prefill_tokens_per_s, "decode_tokens_per_s", r[i].decode_tokens_per_s,
-                            "share_of_memory_peak",
+            runs, json_pack("{s:i, s:f, s:f, s:f}", "batch", (int)r[i].batch,
+                            "prefill_tokens_per_s", r[i].prefill_tokens_per_s,
+                            "decode_tokens_per_s", r[i].decode_tokens_per_s, "share_of_memory_peak",
                             r[i].decode_tokens_per_s / r[i].batch / (ceiling > 0 ? ceiling : 1)));
-    json_t *o = json_pack("{s:s, s:i, s:s, s:f, s:o}", "model", choir_engine_config(b->engine)->name,
-                          "threads", (int)choir_engine_n_threads(b->engine), "kernels", k->name,
-                          "memory_bytes_per_s", bandwidth, "runs", runs);
+    json_t *o =
+        json_pack("{s:s, s:i, s:s, s:f, s:o}", "model", choir_engine_config(b->engine)->name,
+                  "threads", (int)choir_engine_n_threads(b->engine), "kernels", k->name,
+                  "memory_bytes_per_s", bandwidth, "runs", runs);
     choir_cli_print_json(o, true);
 }
 

@@ -1,4 +1,5 @@
-/* A conversation on the terminal. Ctrl-C stops the answer, not the program; /help lists the commands. */
+/* A conversation on the terminal. Ctrl-C stops the answer, not the program; /help lists the
+ * commands. */
 #include "cli/answer.h"
 
 #include <errno.h>
@@ -98,7 +99,8 @@ static input read_plain(talk *t)
     return INPUT_INTERRUPTED;
 }
 
-/* The next line in t->line. Ctrl-C clears what was typed (CLEARED), or was pressed at an empty prompt. */
+/* The next line in t->line. Ctrl-C clears what was typed (CLEARED), or was pressed at an empty
+ * prompt. */
 static input read_line(talk *t)
 {
     HistEvent event;
@@ -178,10 +180,12 @@ static void do_stats(talk *t, const char *text)
         puts("nothing was answered yet");
         return;
     }
-    double n = number(t->last, "usage", "output_tokens"), ms = number(t->last, "timings", "decode_ms");
-    printf("prompt %.0f tokens (%.0f from the cache), first token after %.0f ms; answer %.0f tokens",
-           number(t->last, "usage", "prompt_tokens"), number(t->last, "usage", "cached_tokens"),
-           number(t->last, "timings", "queue_ms") + number(t->last, "timings", "prefill_ms"), n);
+    double n = number(t->last, "usage", "output_tokens"),
+           ms = number(t->last, "timings", "decode_ms");
+    printf(
+        "prompt %.0f tokens (%.0f from the cache), first token after %.0f ms; answer %.0f tokens",
+        number(t->last, "usage", "prompt_tokens"), number(t->last, "usage", "cached_tokens"),
+        number(t->last, "timings", "queue_ms") + number(t->last, "timings", "prefill_ms"), n);
     if (n > 1 && ms > 0) printf(", %.1f tokens/s", (n - 1) / ms * 1000);
     putchar('\n');
 }
@@ -249,7 +253,9 @@ static choir_status answer(talk *t)
                  ? "(cut at --max-tokens)"
                  : "(the context is full: /reset starts anew)");
     if (status == CHOIR_OK || (status == CHOIR_E_CANCELLED && text[0] != '\0')) {
-        add_message(t, "assistant", text);
+        /* The very string, not its C text: an answer may hold a NUL. */
+        json_array_append_new(t->messages, json_pack("{s:s, s:O}", "role", "assistant", "content",
+                                                     json_object_get(result, "text")));
         json_decref(t->last);
         t->last = json_incref(result);
     }

@@ -1,10 +1,9 @@
 /* WHAT    The binary `choir`: one verb a file, each with its table of options, help and example.
  * OWNS    Nothing between verbs.
  * THREADS The main thread; a verb starts what it needs.
- * ERRORS  A verb returns a status; main prints its sentence on stderr. Exit codes: 0 done, 1 failed,
- *         2 wrong usage.
- * LIMITS  Only here are exit(), getenv() and the terminal touched.
- * NEXT    cli/main.c; cli/answer.h for who answers in generate and chat */
+ * ERRORS  A verb returns a status; main prints its sentence on stderr. Exit codes: 0 done, 1
+ * failed, 2 wrong usage. LIMITS  Only here are exit(), getenv() and the terminal touched. NEXT
+ * cli/main.c; cli/answer.h for who answers in generate and chat */
 #pragma once
 #include "base/base.h"
 #include "engine/engine.h"
@@ -31,7 +30,8 @@ extern const choir_verb choir_verb_serve, choir_verb_chat, choir_verb_generate, 
 /* The verb's manual page in roff; `choir help --man VERB`. */
 void choir_cli_print_man(const choir_verb *verb, FILE *to);
 
-/* The file or folder that MODEL means: a path, or a name in the model cache (beneath that folder). */
+/* The file or folder that MODEL means: a path, or a name in the model cache (beneath that folder).
+ */
 choir_status choir_cli_find_model(const char *model, char *path, size_t bytes) CHOIR_MUST_USE;
 /* "<cache>/choir/models"; the cache is XDG_CACHE_HOME or ~/.cache. */
 void choir_cli_cache_folder(char *path, size_t bytes);
@@ -42,14 +42,15 @@ choir_status choir_cli_open_engine(const char *model, const choir_engine_options
 choir_status choir_cli_not_yet(const char *what);
 /* Bytes of KV that one token takes; f32 in exact mode. */
 uint64_t choir_cli_kv_bytes_per_token(const choir_model_config *config, bool exact);
-/* "5,7,9", "[5, 7, 9]", "5 7 9" or one a line, into *ids (choir_free), each below `limit`. `what` names
- * where they stood. */
+/* "5,7,9", "[5, 7, 9]", "5 7 9" or one a line, into *ids (choir_free), each below `limit`. `what`
+ * names where they stood. */
 choir_status choir_cli_parse_ids(const char *what, const char *text, uint32_t limit, uint32_t **ids,
                                  size_t *n) CHOIR_MUST_USE;
 /* Prints and frees an object: one line, or indented. */
 void choir_cli_print_json(json_t *object, bool indented);
 
-/* Ctrl-C sets it; reads are interrupted. Threads made between block and unblock never get the signal. */
+/* Ctrl-C sets it; reads are interrupted. Threads made between block and unblock never get the
+ * signal. */
 extern volatile sig_atomic_t choir_cli_interrupted;
 void choir_cli_catch_interrupts(void);
 void choir_cli_block_interrupts(bool block);

@@ -119,7 +119,8 @@ const choir_verb choir_verb_generate = {
     .name = "generate",
     .arguments = "MODEL -p TEXT [-n N] [--temperature T] [--seed S] [--stream] [--json]",
     .summary = "continues a text or answers a question, here or on a server",
-    .example = "choir generate SmolLM2-135M-Instruct.Q4_1 --chat -p 'What is the capital of France?'",
+    .example =
+        "choir generate SmolLM2-135M-Instruct.Q4_1 --chat -p 'What is the capital of France?'",
     .options = options,
     .n_options = sizeof options / sizeof *options,
     .defaults = &defaults,

@@ -48,19 +48,21 @@ static void print_json(const choir_model_file *f, const choir_tokenizer *t, uint
 {
     const choir_model_config *c = choir_model_file_config(f);
     json_t *o = json_pack(
-        "{s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, "
+        "{s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, "
+        "s:I, "
         "s:I, s:I, s:s, s:b, s:s}",
-        "name", c->name, "family", choir_model_config_family(c), "format", choir_model_file_kind(f), "types",
-        choir_model_file_types(f), "parameters", (json_int_t)choir_model_file_n_parameters(f),
-        "layers", (json_int_t)c->n_layers, "hidden", (json_int_t)c->hidden, "heads",
-        (json_int_t)c->n_heads, "kv_heads", (json_int_t)c->n_kv_heads, "head_dim",
-        (json_int_t)c->head_dim, "ffn", (json_int_t)c->ffn_hidden, "experts",
-        (json_int_t)c->n_experts, "experts_per_token", (json_int_t)c->n_experts_used, "expert_ffn",
-        (json_int_t)c->expert_hidden, "vocab", (json_int_t)c->vocab, "context",
-        (json_int_t)c->max_positions, "bytes_on_disk", (json_int_t)choir_model_file_bytes(f),
-        "bytes_dense", (json_int_t)dense, "bytes_experts", (json_int_t)experts, "kv_bytes_per_token",
-        (json_int_t)choir_cli_kv_bytes_per_token(c, false), "tokenizer", choir_tokenizer_kind(t), "chat_template",
-        choir_model_file_chat_template(f) != NULL, "licence", c->licence);
+        "name", c->name, "family", choir_model_config_family(c), "format", choir_model_file_kind(f),
+        "types", choir_model_file_types(f), "parameters",
+        (json_int_t)choir_model_file_n_parameters(f), "layers", (json_int_t)c->n_layers, "hidden",
+        (json_int_t)c->hidden, "heads", (json_int_t)c->n_heads, "kv_heads",
+        (json_int_t)c->n_kv_heads, "head_dim", (json_int_t)c->head_dim, "ffn",
+        (json_int_t)c->ffn_hidden, "experts", (json_int_t)c->n_experts, "experts_per_token",
+        (json_int_t)c->n_experts_used, "expert_ffn", (json_int_t)c->expert_hidden, "vocab",
+        (json_int_t)c->vocab, "context", (json_int_t)c->max_positions, "bytes_on_disk",
+        (json_int_t)choir_model_file_bytes(f), "bytes_dense", (json_int_t)dense, "bytes_experts",
+        (json_int_t)experts, "kv_bytes_per_token",
+        (json_int_t)choir_cli_kv_bytes_per_token(c, false), "tokenizer", choir_tokenizer_kind(t),
+        "chat_template", choir_model_file_chat_template(f) != NULL, "licence", c->licence);
     choir_cli_print_json(o, true);
 }
 
@@ -91,8 +93,8 @@ static void print_text(const choir_model_file *f, const choir_tokenizer *t, uint
 
 static json_t *model_json(const Choir__V1__Model *m)
 {
-    return json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:b, s:s}", "name", m->name,
-                     "family", m->family, "digest", m->digest, "max_tokens",
+    return json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:b, s:s}", "name",
+                     m->name, "family", m->family, "digest", m->digest, "max_tokens",
                      (json_int_t)m->max_tokens, "layers", (json_int_t)m->n_layers, "hidden",
                      (json_int_t)m->hidden, "experts", (json_int_t)m->n_experts,
                      "experts_per_token", (json_int_t)m->n_experts_used, "vocab",
@@ -106,9 +108,9 @@ static void print_served(const values *v, const Choir__V1__ListModelsResponse *a
         json_t *models = json_array();
         for (size_t i = 0; i < answer->n_models; i++)
             json_array_append_new(models, model_json(answer->models[i]));
-        choir_cli_print_json(
-            json_pack("{s:s, s:s, s:o}", "server", v->server.target, "health", "SERVING", "models", models),
-            true);
+        choir_cli_print_json(json_pack("{s:s, s:s, s:o}", "server", v->server.target, "health",
+                                       "SERVING", "models", models),
+                             true);
         return;
     }
     printf("%s is SERVING\n", v->server.target);

@@ -117,7 +117,8 @@ static choir_status make_buffers(job *j)
     j->logits = choir_alloc(CHOIR_MEM_OTHER, (size_t)CHUNK * c->vocab * sizeof *j->logits);
     j->routes.experts = choir_calloc(CHOIR_MEM_OTHER, n_routes, sizeof(uint16_t));
     j->routes.weights = choir_calloc(CHOIR_MEM_OTHER, n_routes, sizeof(float));
-    if (j->pages == NULL || j->logits == NULL || j->routes.experts == NULL || j->routes.weights == NULL)
+    if (j->pages == NULL || j->logits == NULL || j->routes.experts == NULL ||
+        j->routes.weights == NULL)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the logits");
     for (uint32_t i = 0; i < j->n_pages; i++) j->pages[i] = i;
     return CHOIR_OK;
@@ -136,8 +137,7 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     CHOIR_TRY_TO(done, status, choir_cli_open_engine(arguments->positional[0], &o, &j.engine));
     const choir_model_config *c = choir_engine_config(j.engine);
     if (v->force_expert != CHOIR_CLI_UNSET)
-        CHOIR_TRY_TO(done, status,
-                     choir_engine_force_expert(j.engine, (int32_t)v->force_expert));
+        CHOIR_TRY_TO(done, status, choir_engine_force_expert(j.engine, (int32_t)v->force_expert));
     CHOIR_TRY_TO(done, status,
                  choir_cli_parse_ids("--tokens", v->tokens, c->vocab, &j.tokens, &j.n_tokens));
     if (j.n_tokens > c->max_positions) {

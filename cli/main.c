@@ -13,15 +13,18 @@ static const choir_verb *const verbs[] = {
 enum { N_VERBS = sizeof verbs / sizeof *verbs };
 
 /* Verbs of the contract that are not there yet. */
-static const char *const later[] = {"pack",  "quantize", "convert", "merge", "prune",  "adapter",
+static const char *const later[] = {"pack",   "quantize", "convert", "merge", "prune",  "adapter",
                                     "router", "data",     "tune",    "eval",  "monitor"};
 enum { N_LATER = sizeof later / sizeof *later };
 
 static void print_usage(FILE *to)
 {
-    fprintf(to, "choir %s: a mixture-of-experts serving engine\n\nusage: choir VERB [MODEL] [options]\n\n",
-            CHOIR_VERSION);
-    for (int i = 0; i < N_VERBS; i++) fprintf(to, "  %-11s %s\n", verbs[i]->name, verbs[i]->summary);
+    fprintf(
+        to,
+        "choir %s: a mixture-of-experts serving engine\n\nusage: choir VERB [MODEL] [options]\n\n",
+        CHOIR_VERSION);
+    for (int i = 0; i < N_VERBS; i++)
+        fprintf(to, "  %-11s %s\n", verbs[i]->name, verbs[i]->summary);
     fprintf(to, "\nnot there yet: ");
     for (int i = 0; i < N_LATER; i++) fprintf(to, "%s%s", i > 0 ? ", " : "", later[i]);
     fprintf(to, "\n\nMODEL is a Hugging Face folder, a .gguf file, or a name in the model cache.\n"
@@ -49,7 +52,8 @@ static int run_verb(const choir_verb *v, int argc, char **argv)
     if (values == NULL) return 1;
     memcpy(values, v->defaults, v->values_bytes);
     int code = 0;
-    choir_status status = choir_options_parse(v->options, v->n_options, argc, argv, values, &arguments);
+    choir_status status =
+        choir_options_parse(v->options, v->n_options, argc, argv, values, &arguments);
     if (status != CHOIR_OK) {
         code = fail(2);
     } else if (arguments.n_positional < v->min_positional ||
@@ -75,8 +79,8 @@ static int unknown_verb(const char *name)
     const char *names[N_VERBS + N_LATER];
     for (int i = 0; i < N_VERBS; i++) names[i] = verbs[i]->name;
     for (int i = 0; i < N_LATER; i++) names[N_VERBS + i] = later[i];
-    fprintf(stderr, "choir: '%.80s' is no verb; the nearest is '%s' (choir --help lists all)\n", name,
-            choir_nearest(name, names, N_VERBS + N_LATER));
+    fprintf(stderr, "choir: '%.80s' is no verb; the nearest is '%s' (choir --help lists all)\n",
+            name, choir_nearest(name, names, N_VERBS + N_LATER));
     return 2;
 }
 
@@ -107,13 +111,15 @@ int main(int argc, char **argv)
     }
     for (int i = 0; i < N_LATER; i++)
         if (strcmp(name, later[i]) == 0) {
-            fprintf(stderr, "choir: the verb '%s' is not there yet; the README's table says what works\n",
+            fprintf(stderr,
+                    "choir: the verb '%s' is not there yet; the README's table says what works\n",
                     name);
             return 1;
         }
     const choir_verb *v = find_verb(name);
     if (v == NULL) return unknown_verb(name);
-    for (int i = 2; i < argc && strcmp(argv[i], "--") != 0; i++) help = help || strcmp(argv[i], "--help") == 0;
+    for (int i = 2; i < argc && strcmp(argv[i], "--") != 0; i++)
+        help = help || strcmp(argv[i], "--help") == 0;
     if (help) {
         (man ? choir_cli_print_man(v, stdout) : print_verb_help(v));
         return 0;

@@ -18,7 +18,8 @@ choir_status choir_cli_find_model(const char *model, char *path, size_t bytes)
 {
     if (choir_file_exists(model) || choir_folder_exists(model)) {
         if ((size_t)snprintf(path, bytes, "%s", model) >= bytes)
-            return choir_fail(CHOIR_E_INVALID, "the model's path has more than %zu bytes", bytes - 1);
+            return choir_fail(CHOIR_E_INVALID, "the model's path has more than %zu bytes",
+                              bytes - 1);
         return CHOIR_OK;
     }
     char cache[3000];
@@ -32,13 +33,14 @@ choir_status choir_cli_find_model(const char *model, char *path, size_t bytes)
         }
     }
     return choir_fail(CHOIR_E_NOT_FOUND,
-                      "model '%.200s' is neither a file, nor a folder, nor a name in %s", model, cache);
+                      "model '%.200s' is neither a file, nor a folder, nor a name in %s", model,
+                      cache);
 }
 
 choir_status choir_cli_not_yet(const char *what)
 {
-    return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s is not there yet; the README's table says what works",
-                      what);
+    return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                      "%s is not there yet; the README's table says what works", what);
 }
 
 choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
@@ -84,7 +86,8 @@ choir_status choir_cli_parse_ids(const char *what, const char *text, uint32_t li
 
 void choir_cli_print_json(json_t *object, bool indented)
 {
-    json_dumpf(object, stdout, (indented ? JSON_INDENT(2) : JSON_COMPACT) | JSON_REAL_PRECISION(10));
+    json_dumpf(object, stdout,
+               (indented ? JSON_INDENT(2) : JSON_COMPACT) | JSON_REAL_PRECISION(10));
     putchar('\n');
     json_decref(object);
 }

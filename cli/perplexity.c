@@ -1,5 +1,5 @@
-/* The text is tokenized whole and cut into windows of --context tokens, each with fresh KV; scored are
- * positions 1 … of every window, or the second halves of full windows (as llama.cpp does). */
+/* The text is tokenized whole and cut into windows of --context tokens, each with fresh KV; scored
+ * are positions 1 … of every window, or the second halves of full windows (as llama.cpp does). */
 #include "cli/cli.h"
 
 #include <math.h>
@@ -16,7 +16,8 @@ typedef struct values {
 static const values defaults = {.context = 512};
 static const choir_option options[] = {
     {"file", 'f', CHOIR_OPTION_TEXT, offsetof(values, file), "FILE", "the text, UTF-8", 0, 0},
-    {"context", 'c', CHOIR_OPTION_COUNT, offsetof(values, context), "N", "tokens a window", 2, 1 << 20},
+    {"context", 'c', CHOIR_OPTION_COUNT, offsetof(values, context), "N", "tokens a window", 2,
+     1 << 20},
     {"windows", 0, CHOIR_OPTION_COUNT, offsetof(values, windows), "N",
      "only the first N windows; 0: all", 0, 1e9},
     {"second-half", 0, CHOIR_OPTION_FLAG, offsetof(values, second_half), NULL,
@@ -31,8 +32,9 @@ typedef struct score {
 } score;
 
 /* One window in chunks of the step's rows; scores: [n - 1] log-probabilities of tokens 1 … n-1. */
-static choir_status score_window(choir_engine *engine, const uint32_t *ids, uint32_t n, uint32_t chunk,
-                                 const uint32_t *pages, uint32_t n_pages, float *scores)
+static choir_status score_window(choir_engine *engine, const uint32_t *ids, uint32_t n,
+                                 uint32_t chunk, const uint32_t *pages, uint32_t n_pages,
+                                 float *scores)
 {
     for (uint32_t first = 0; first < n - 1; first += chunk) {
         uint32_t m = n - 1 - first < chunk ? n - 1 - first : chunk;
@@ -45,8 +47,7 @@ static choir_status score_window(choir_engine *engine, const uint32_t *ids, uint
                            .targets = ids + first + 1,
                            .target_logprobs = scores + first};
         CHOIR_TRY(choir_engine_step(engine, &span, 1));
-        if (span.status != CHOIR_OK)
-            return choir_fail(span.status, "the logits hold NaN or Inf");
+        if (span.status != CHOIR_OK) return choir_fail(span.status, "the logits hold NaN or Inf");
     }
     return CHOIR_OK;
 }
@@ -119,8 +120,9 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
         engine = NULL;
         CHOIR_TRY_TO(done, status, choir_cli_open_engine(arguments->positional[0], &o, &engine));
     }
-    CHOIR_TRY_TO(done, status, choir_tokenizer_encode(choir_engine_tokenizer(engine), text, bytes,
-                                                      CHOIR_ENCODE_OPTIONS_DEFAULT, &ids, &n));
+    CHOIR_TRY_TO(done, status,
+                 choir_tokenizer_encode(choir_engine_tokenizer(engine), text, bytes,
+                                        CHOIR_ENCODE_OPTIONS_DEFAULT, &ids, &n));
     pages = choir_alloc(CHOIR_MEM_OTHER, choir_engine_n_pages(engine) * sizeof *pages);
     scores = choir_alloc(CHOIR_MEM_OTHER, v->context * sizeof *scores);
     if (pages == NULL || scores == NULL) {
@@ -150,7 +152,8 @@ const choir_verb choir_verb_perplexity = {
     .name = "perplexity",
     .arguments = "MODEL --file F [--context 512] [--second-half] [--exact] [--json]",
     .summary = "how well a model predicts a text",
-    .example = "choir perplexity SmolLM2-135M-Instruct.Q4_1 --file /usr/share/common-licenses/GPL-3",
+    .example =
+        "choir perplexity SmolLM2-135M-Instruct.Q4_1 --file /usr/share/common-licenses/GPL-3",
     .options = options,
     .n_options = sizeof options / sizeof *options,
     .defaults = &defaults,

@@ -30,33 +30,42 @@ static const choir_option options[] = {
      "these options as a JSON object; the command line is stronger", 0, 0},
     {"listen", 0, CHOIR_OPTION_LIST, offsetof(values, listen), "HOST:PORT",
      "gRPC address, or unix:/path; may be given again [127.0.0.1:50051]", 0, 0},
-    {"http", 0, CHOIR_OPTION_TEXT, offsetof(values, http), "HOST:PORT", "HTTP gateway (not there yet)", 0, 0},
+    {"http", 0, CHOIR_OPTION_TEXT, offsetof(values, http), "HOST:PORT",
+     "HTTP gateway (not there yet)", 0, 0},
     {"memory", 0, CHOIR_OPTION_SIZE, offsetof(values, memory), "8GiB",
      "budget: weights and scratch first, KV pages get the rest; 0: half of what is free", 0, 0},
     {"served-model-name", 0, CHOIR_OPTION_LIST, offsetof(values, served_model_name), "NAME",
      "the names clients use, one for each MODEL [the file's]", 0, 0},
     {"max-model-len", 0, CHOIR_OPTION_COUNT, offsetof(values, max_model_len), "N",
      "tokens of prompt and answer; 0: the model's context", 0, 1 << 28},
-    {"max-num-seqs", 0, CHOIR_OPTION_COUNT, offsetof(values, max_num_seqs), "N", "sequences running at once", 1, 1024},
+    {"max-num-seqs", 0, CHOIR_OPTION_COUNT, offsetof(values, max_num_seqs), "N",
+     "sequences running at once", 1, 1024},
     {"max-num-batched-tokens", 0, CHOIR_OPTION_COUNT, offsetof(values, max_num_batched_tokens), "N",
      "tokens of one step", 16, 65536},
-    {"max-queued", 0, CHOIR_OPTION_COUNT, offsetof(values, max_queued), "N", "requests waiting at most", 1, 65536},
+    {"max-queued", 0, CHOIR_OPTION_COUNT, offsetof(values, max_queued), "N",
+     "requests waiting at most", 1, 65536},
     {"no-prefix-cache", 0, CHOIR_OPTION_FLAG, offsetof(values, no_prefix_cache), NULL,
      "prompts share no KV pages", 0, 0},
-    {"kv-cache-dtype", 0, CHOIR_OPTION_TEXT, offsetof(values, kv_cache_dtype), "TYPE", "auto or f16", 0, 0},
-    {"adapters", 0, CHOIR_OPTION_TEXT, offsetof(values, adapters), "DIR", "LoRA adapters (not there yet)", 0, 0},
+    {"kv-cache-dtype", 0, CHOIR_OPTION_TEXT, offsetof(values, kv_cache_dtype), "TYPE",
+     "auto or f16", 0, 0},
+    {"adapters", 0, CHOIR_OPTION_TEXT, offsetof(values, adapters), "DIR",
+     "LoRA adapters (not there yet)", 0, 0},
     {"lora-modules", 0, CHOIR_OPTION_LIST, offsetof(values, lora_modules), "NAME=DIR",
      "LoRA adapters (not there yet)", 0, 0},
     {"api-key", 0, CHOIR_OPTION_LIST, offsetof(values, api_key), "KEY",
      "clients must send `authorization: Bearer KEY`", 0, 0},
-    {"tls-cert", 0, CHOIR_OPTION_TEXT, offsetof(values, tls_cert), "FILE", "certificate chain, PEM", 0, 0},
-    {"tls-key", 0, CHOIR_OPTION_TEXT, offsetof(values, tls_key), "FILE", "its private key, PEM", 0, 0},
-    {"max-message", 0, CHOIR_OPTION_SIZE, offsetof(values, max_message), "BYTES", "of one request", 1024, 1 << 30},
+    {"tls-cert", 0, CHOIR_OPTION_TEXT, offsetof(values, tls_cert), "FILE", "certificate chain, PEM",
+     0, 0},
+    {"tls-key", 0, CHOIR_OPTION_TEXT, offsetof(values, tls_key), "FILE", "its private key, PEM", 0,
+     0},
+    {"max-message", 0, CHOIR_OPTION_SIZE, offsetof(values, max_message), "BYTES", "of one request",
+     1024, 1 << 30},
     {"shutdown-timeout", 0, CHOIR_OPTION_COUNT, offsetof(values, shutdown_timeout), "S",
      "seconds that running streams get after SIGTERM", 0, 86400},
     {"watchdog-timeout", 0, CHOIR_OPTION_COUNT, offsetof(values, watchdog_timeout), "S",
      "no step for so long with work pending: NOT_SERVING; twice as long: exit", 1, 3600},
-    {"seed", 0, CHOIR_OPTION_COUNT, offsetof(values, seed), "S", "accepted as vLLM does; requests carry their own", 0, 0},
+    {"seed", 0, CHOIR_OPTION_COUNT, offsetof(values, seed), "S",
+     "accepted as vLLM does; requests carry their own", 0, 0},
     CHOIR_CLI_ENGINE_OPTIONS(values, engine),
 };
 
@@ -75,9 +84,10 @@ static choir_status refuse_later(const values *v)
     return CHOIR_OK;
 }
 
-/* What a model takes besides KV: its packed weights are about as large as its file; the step's scratch
- * is small beside them. The rest of its share of the budget becomes KV pages. */
-static choir_status kv_budget(const values *v, const char *path, uint32_t n_models, uint64_t *kv_bytes)
+/* What a model takes besides KV: its packed weights are about as large as its file; the step's
+ * scratch is small beside them. The rest of its share of the budget becomes KV pages. */
+static choir_status kv_budget(const values *v, const char *path, uint32_t n_models,
+                              uint64_t *kv_bytes)
 {
     choir_model_file *file;
     struct sysinfo machine;
@@ -89,33 +99,38 @@ static choir_status kv_budget(const values *v, const char *path, uint32_t n_mode
         budget = sysinfo(&machine) == 0 ? (uint64_t)machine.freeram * machine.mem_unit / 2 + weights
                                         : (uint64_t)4 << 30;
     budget /= n_models;
-    uint64_t scratch = v->max_num_batched_tokens * (c.hidden + c.ffn_hidden + c.expert_hidden) * 32 +
-                       (uint64_t)c.vocab * 4 * 64;
+    uint64_t scratch =
+        v->max_num_batched_tokens * (c.hidden + c.ffn_hidden + c.expert_hidden) * 32 +
+        (uint64_t)c.vocab * 4 * 64;
     uint64_t token = choir_cli_kv_bytes_per_token(&c, v->engine.exact);
     uint64_t context = v->max_model_len > 0 ? v->max_model_len : c.max_positions;
     uint64_t most = token * (context + CHOIR_PAGE_TOKENS) * v->max_num_seqs;
     uint64_t least = token * CHOIR_PAGE_TOKENS * 4;
     if (budget < weights + scratch + least)
-        return choir_fail(CHOIR_E_INVALID,
-                          "--memory: %.200s takes %llu MiB of weights and %llu MiB of scratch, its share "
-                          "of the budget is %llu MiB",
-                          path, (unsigned long long)weights >> 20, (unsigned long long)scratch >> 20,
-                          (unsigned long long)budget >> 20);
+        return choir_fail(
+            CHOIR_E_INVALID,
+            "--memory: %.200s takes %llu MiB of weights and %llu MiB of scratch, its share "
+            "of the budget is %llu MiB",
+            path, (unsigned long long)weights >> 20, (unsigned long long)scratch >> 20,
+            (unsigned long long)budget >> 20);
     uint64_t left = budget - weights - scratch;
     *kv_bytes = left < most ? left : most;
     return CHOIR_OK;
 }
 
+/* The name clients use: what was asked for, or the last part of the path without ".gguf". */
 static void name_of(const values *v, uint32_t i, const char *path, char *name, size_t bytes)
 {
     if (i < v->served_model_name.n) {
-        snprintf(name, bytes, "%s", v->served_model_name.item[i]);
+        snprintf(name, bytes, "%.255s", v->served_model_name.item[i]);
         return;
     }
-    const char *slash = strrchr(path, '/');
-    snprintf(name, bytes, "%s", slash != NULL && slash[1] != '\0' ? slash + 1 : path);
-    char *ending = strrchr(name, '.');
-    if (ending != NULL && strcmp(ending, ".gguf") == 0) *ending = '\0';
+    size_t end = strlen(path);
+    while (end > 1 && path[end - 1] == '/') end--;
+    size_t start = end;
+    while (start > 0 && path[start - 1] != '/') start--;
+    if (end - start > 5 && memcmp(path + end - 5, ".gguf", 5) == 0) end -= 5;
+    snprintf(name, bytes, "%.*s", (int)(end - start < 255 ? end - start : 255), path + start);
 }
 
 static choir_status open_model(const values *v, uint32_t i, const char *model, uint32_t n_models,
@@ -140,9 +155,11 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
     CHOIR_TRY(choir_scheduler_create(&step, &s, &out->scheduler));
     name_of(v, i, path, out->name, sizeof out->name);
     choir_engine_sizes sizes = choir_engine_memory(out->engine);
-    fprintf(stderr, "choir: %s: %s of weights, %s of KV pages (%u tokens), %u threads, %s kernels\n",
+    fprintf(stderr,
+            "choir: %s: %s of weights, %s of KV pages (%u tokens), %u threads, %s kernels\n",
             out->name, choir_format_bytes(sizes.weight_bytes + sizes.expert_bytes, a),
-            choir_format_bytes(sizes.kv_bytes, b), choir_engine_n_pages(out->engine) * CHOIR_PAGE_TOKENS,
+            choir_format_bytes(sizes.kv_bytes, b),
+            choir_engine_n_pages(out->engine) * CHOIR_PAGE_TOKENS,
             choir_engine_n_threads(out->engine), choir_engine_kernels(out->engine)->name);
     return CHOIR_OK;
 }

@@ -12,7 +12,8 @@ typedef struct values {
 } values;
 static const values defaults = {0};
 static const choir_option options[] = {
-    {"file", 'f', CHOIR_OPTION_TEXT, offsetof(values, file), "FILE", "the text instead of TEXT", 0, 0},
+    {"file", 'f', CHOIR_OPTION_TEXT, offsetof(values, file), "FILE", "the text instead of TEXT", 0,
+     0},
     {"json", 0, CHOIR_OPTION_FLAG, offsetof(values, json), NULL, "one JSON object", 0, 0},
     {"no-special", 0, CHOIR_OPTION_FLAG, offsetof(values, no_special), NULL,
      "no BOS is added; special tokens in the text stay text", 0, 0},
@@ -26,7 +27,8 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     return CHOIR_OK;
 }
 
-static choir_status open_tokenizer(const char *model, choir_model_file **file, choir_tokenizer **out)
+static choir_status open_tokenizer(const char *model, choir_model_file **file,
+                                   choir_tokenizer **out)
 {
     char path[4096];
     CHOIR_TRY(choir_cli_find_model(model, path, sizeof path));
@@ -66,7 +68,8 @@ static choir_status run_tokenize(void *verb_values, choir_arguments *arguments)
     size_t n, bytes;
     choir_status status;
     CHOIR_TRY_TO(done, status, open_tokenizer(arguments->positional[0], &file, &t));
-    if (v->file != NULL) CHOIR_TRY_TO(done, status, choir_file_read(v->file, MAX_TEXT_BYTES, &owned, &bytes));
+    if (v->file != NULL)
+        CHOIR_TRY_TO(done, status, choir_file_read(v->file, MAX_TEXT_BYTES, &owned, &bytes));
     const char *text = owned != NULL ? owned : arguments->positional[1];
     if (owned == NULL) bytes = strlen(text);
     const choir_encode_options o = {!v->no_special, !v->no_special};
@@ -90,7 +93,8 @@ static choir_status run_detokenize(void *verb_values, choir_arguments *arguments
     size_t n, bytes;
     choir_status status;
     CHOIR_TRY_TO(done, status, open_tokenizer(arguments->positional[0], &file, &t));
-    if (v->file != NULL) CHOIR_TRY_TO(done, status, choir_file_read(v->file, MAX_TEXT_BYTES, &owned, &bytes));
+    if (v->file != NULL)
+        CHOIR_TRY_TO(done, status, choir_file_read(v->file, MAX_TEXT_BYTES, &owned, &bytes));
     const char *list = owned != NULL ? owned : arguments->positional[1];
     CHOIR_TRY_TO(done, status,
                  choir_cli_parse_ids(v->file != NULL ? v->file : "IDS", list,
@@ -127,7 +131,8 @@ const choir_verb choir_verb_tokenize = {
 };
 
 static const choir_option detokenize_options[] = {
-    {"file", 'f', CHOIR_OPTION_TEXT, offsetof(values, file), "FILE", "the ids instead of IDS", 0, 0},
+    {"file", 'f', CHOIR_OPTION_TEXT, offsetof(values, file), "FILE", "the ids instead of IDS", 0,
+     0},
     {"json", 0, CHOIR_OPTION_FLAG, offsetof(values, json), NULL, "one JSON object", 0, 0},
     {"no-special", 0, CHOIR_OPTION_FLAG, offsetof(values, no_special), NULL,
      "special tokens are left out of the text", 0, 0},

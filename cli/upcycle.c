@@ -20,7 +20,8 @@ const choir_verb choir_verb_upcycle = {
     .name = "upcycle",
     .arguments = "BASE --expert NAME=ADAPTER_DIR… -o OUT",
     .summary = "a dense model and LoRA adapters become a mixture of experts",
-    .example = "choir upcycle SmolLM2-135M-Instruct.Q4_1 --expert python=models/adapters/python -o moe.gguf",
+    .example = "choir upcycle SmolLM2-135M-Instruct.Q4_1 --expert python=models/adapters/python -o "
+               "moe.gguf",
     .options = options,
     .n_options = sizeof options / sizeof *options,
     .defaults = &defaults,

@@ -1,0 +1,427 @@
+#!/usr/bin/env python3
+"""The binary as its users meet it. Usage: cli_test.py CHOIR [unittest arguments]"""
+import array
+import json
+import math
+import os
+import pathlib
+import pty
+import re
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+import tiny_model
+
+CHOIR = str(pathlib.Path(sys.argv[1]).resolve())
+VERBS = "serve chat generate logits tokenize detokenize perplexity info bench upcycle".split()
+LATER = "pack quantize convert merge prune adapter router data tune eval monitor".split()
+
+
+def choir(*words, **options):
+    options.setdefault("stdin", subprocess.DEVNULL)
+    if "input" in options:
+        del options["stdin"]
+    options.setdefault("stdout", subprocess.PIPE)
+    return subprocess.run([CHOIR, *map(str, words)], stderr=subprocess.PIPE, timeout=300, text=True, **options)
+
+
+class Case(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.temporary = tempfile.TemporaryDirectory(prefix="choir-cli-")
+        cls.folder = pathlib.Path(cls.temporary.name)
+        cls.dense, cls.moe = cls.folder / "dense", cls.folder / "moe"
+        cls.vocab = tiny_model.write(cls.dense)
+        tiny_model.write(cls.moe, experts=4)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.temporary.cleanup()
+
+    def ok(self, *words, **options):
+        done = choir(*words, **options)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout
+
+    def fails(self, code, says, *words, **options):
+        done = choir(*words, **options)
+        self.assertEqual(done.returncode, code, (words, done.stdout, done.stderr))
+        lines = [l for l in done.stderr.splitlines() if l.startswith("choir: ")]
+        self.assertEqual(len(lines), 1, done.stderr)
+        self.assertRegex(lines[0], says)
+        self.assertNotRegex(done.stderr, "ERROR: (Address|Leak)Sanitizer")
+        return done
+
+
+class Usage(Case):
+    def test_help(self):
+        text = self.ok("--help")
+        for verb in VERBS + LATER:
+            self.assertIn(verb, text)
+        for verb in VERBS:
+            page = self.ok(verb, "--help")
+            self.assertEqual(page, self.ok("help", verb))
+            self.assertIn("example:", page)
+            self.assertIn(f"choir {verb}", page)
+            self.assertTrue(all(len(line) < 160 for line in page.splitlines()))
+            self.assertIn(".SH OPTIONS", self.ok("help", "--man", verb))
+        self.assertRegex(self.ok("--version"), r"^choir \d+\.\d+\.\d+\n$")
+
+    def test_wrong_usage_is_2(self):
+        self.assertEqual(choir().returncode, 2)
+        self.fails(2, "'infoo' is no verb; the nearest is 'info'", "infoo")
+        self.fails(2, "usage: choir tokenize", "tokenize")
+        self.fails(2, "'jsn' is no option here; the nearest is --json", "info", self.dense, "--jsn")
+        self.fails(2, "--threads is 300, must be 0 to 256", "generate", self.dense, "-p", "x", "-t", 300)
+        self.fails(2, "--temperature is 'hot', must be a number", "generate", self.dense, "--temperature", "hot")
+        self.fails(2, "-p TEXT is missing", "generate", self.dense)
+        self.fails(2, "MODEL is missing", "generate", "-p", "x")
+        self.fails(2, "--tokens is missing", "logits", self.dense)
+        self.fails(2, "--file FILE is missing", "perplexity", self.dense)
+        self.fails(2, "either", "info")
+        self.fails(2, "go together", "serve", self.dense, "--tls-cert", "x")
+
+    def test_later_verbs_say_so(self):
+        for verb in LATER:
+            self.fails(1, f"'{verb}' is not there yet", verb, "x", "--y")
+        self.fails(1, "--http is not there yet", "serve", self.dense, "--http", "127.0.0.1:8000")
+        self.fails(1, "--adapter is not there yet", "generate", self.dense, "-p", "x", "--adapter", "y")
+
+    def test_missing_files(self):
+        for words in (["info", "/nowhere"], ["tokenize", "no-such-model", "x"], ["generate", "../x", "-p", "x"]):
+            self.fails(1, "is neither a file, nor a folder, nor a name in", *words)
+        self.fails(1, "cannot open /nowhere", "perplexity", self.dense, "--file", "/nowhere")
+        self.fails(1, "[a-z]", "info", "/dev/null")
+        empty = self.folder / "empty"
+        empty.mkdir()
+        self.fails(1, "empty", "info", empty)
+
+    def test_broken_models(self):
+        whole = (self.dense / "model.safetensors").read_bytes()
+        broken = self.folder / "broken"
+        tiny_model.write(broken)
+        for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+            (broken / "model.safetensors").write_bytes(whole[:cut])
+            self.fails(1, "broken", "info", broken)
+
+    def test_a_full_output(self):
+        with open("/dev/full", "w") as full:
+            self.assertEqual(choir("info", self.dense, stdout=full).returncode, 1)
+        def no_space():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        out = self.folder / "full.f32"
+        self.fails(1, "cannot write", "logits", self.dense, "--tokens", "1,2,3", "--out", out, preexec_fn=no_space)
+        self.assertEqual(list(self.folder.glob("full.f32*")), [])
+
+    def test_names_lie_in_the_cache(self):
+        cache = self.folder / "cache/choir/models"
+        cache.parent.mkdir(parents=True)
+        cache.mkdir()
+        os.symlink(self.dense, cache / "tiny")
+        home = {**os.environ, "XDG_CACHE_HOME": str(self.folder / "cache")}
+        self.assertEqual(json.loads(self.ok("info", "tiny", "--json", env=home))["family"], "llama")
+        self.fails(1, "neither", "info", ".hidden", env=home)
+
+
+class Tokens(Case):
+    def test_round_trip(self):
+        for text in ("hello world", "", "é€😀 <|im_end|>", "a\nb\tc", " " * 50):
+            got = json.loads(self.ok("tokenize", self.dense, text, "--json"))
+            self.assertEqual(got["count"], len(got["ids"]))
+            if got["ids"]:
+                ids = ",".join(map(str, got["ids"]))
+                self.assertEqual(json.loads(self.ok("detokenize", self.dense, ids, "--json"))["text"], text)
+                self.assertEqual(self.ok("tokenize", self.dense, "--", text), ids + "\n")
+
+    def test_files(self):
+        path = self.folder / "text"
+        path.write_text("hello\n" * 1000)
+        ids = self.ok("tokenize", self.dense, "--file", path)
+        (self.folder / "ids").write_text(f"[{ids.strip()}]")
+        self.assertEqual(self.ok("detokenize", self.dense, "--file", self.folder / "ids"), path.read_text() + "\n")
+
+    def test_bad_ids(self):
+        self.fails(1, "the vocabulary ends at", "detokenize", self.dense, "5,100000")
+        for ids in ("5,-1", "x", "5;6", "99999999999999999999", ","):
+            self.fails(1, "IDS", "detokenize", self.dense, "--", ids)
+
+    def test_bad_utf8(self):
+        path = self.folder / "latin1"
+        path.write_bytes(b"caf\xe9")
+        self.fails(1, "UTF-8", "tokenize", self.dense, "--file", path)
+
+
+class Numbers(Case):
+    def test_info(self):
+        got = json.loads(self.ok("info", self.moe, "--json"))
+        self.assertEqual((got["family"], got["experts"], got["experts_per_token"]), ("mixtral", 4, 2))
+        self.assertEqual(got["vocab"], self.vocab)
+        self.assertIn("experts     4 a layer", self.ok("info", self.moe))
+
+    def test_logits_and_routes(self):
+        out, routes = self.folder / "l.f32", self.folder / "r.jsonl"
+        top = json.loads(self.ok("logits", self.moe, "--tokens", "5,7,9", "--out", out, "--routes", routes, "--exact"))
+        logits = array.array("f", out.read_bytes())
+        self.assertEqual(len(logits), 3 * self.vocab)
+        last = logits[2 * self.vocab:]
+        best = sorted(range(self.vocab), key=lambda i: -last[i])[:5]
+        self.assertEqual([t["token"] for t in top["top"]], best)
+        lines = [json.loads(line) for line in routes.read_text().splitlines()]
+        self.assertEqual([(l["layer"], l["token"]) for l in lines], [(l, t) for l in range(2) for t in range(3)])
+        for line in lines:
+            self.assertEqual(len(set(line["experts"])), 2)
+            self.assertAlmostEqual(sum(line["weights"]), 1, places=5)
+            self.assertGreaterEqual(*line["weights"])
+
+    def test_forced_expert(self):
+        routes = self.folder / "f.jsonl"
+        self.ok("logits", self.moe, "--tokens", "5,7", "--routes", routes, "--force-expert", 3)
+        for line in map(json.loads, routes.read_text().splitlines()):
+            self.assertEqual((line["experts"][0], line["weights"][0]), (3, 1))
+        self.fails(1, "4", "logits", self.moe, "--tokens", "5,7", "--force-expert", 4)
+        self.fails(1, "dense", "logits", self.dense, "--tokens", "5,7", "--routes", routes)
+        self.fails(1, "the vocabulary ends at", "logits", self.dense, "--tokens", "5,100000")
+
+    def test_perplexity(self):
+        path = self.folder / "p"
+        path.write_text("hello world, this is a text. " * 20)
+        n = json.loads(self.ok("tokenize", self.dense, "--file", path, "--json"))["count"]
+        whole, half = (json.loads(self.ok("perplexity", self.dense, "--file", path, "--context", 64, "--json", *more))
+                       for more in ([], ["--second-half"]))
+        rest = n % 64
+        self.assertEqual(whole["tokens"], n // 64 * 63 + (rest - 1 if rest >= 2 else 0))
+        self.assertEqual(half["tokens"], n // 64 * 31)
+        for got in (whole, half):
+            self.assertAlmostEqual(got["ppl"], math.exp(got["nll"] / got["tokens"]), places=3)
+        path.write_text("h")
+        self.fails(1, "too few", "perplexity", self.dense, "--file", path)
+
+    def test_exact_is_close(self):
+        path = self.folder / "q"
+        path.write_text("hello world. " * 30)
+        fast, exact = (json.loads(self.ok("perplexity", self.moe, "--file", path, "--json", *more))["ppl"]
+                       for more in ([], ["--exact"]))
+        self.assertLess(abs(fast / exact - 1), 0.05)
+
+    def test_bench(self):
+        got = json.loads(self.ok("bench", self.dense, "--prompt", 16, "--generate", 4, "--batch", "1,3", "--json"))
+        self.assertEqual([run["batch"] for run in got["runs"]], [1, 3])
+        self.fails(1, "--batch is '0'", "bench", self.dense, "--batch", "0")
+
+
+class Generate(Case):
+    def test_json(self):
+        words = ["generate", self.dense, "-p", "hello", "-n", 8, "--ignore-eos", "--json"]
+        got = json.loads(self.ok(*words, "--temperature", 0))
+        self.assertEqual(len(got["token_ids"]), 8)
+        self.assertEqual(got["finish_reason"], "length")
+        self.assertEqual(got["usage"], {"prompt_tokens": 1, "cached_tokens": 0, "output_tokens": 8, "total_tokens": 9})
+        self.assertIn("decode_ms", got["timings"])
+        again = json.loads(self.ok(*words, "--temperature", 0, "--threads", 1))
+        self.assertEqual(again["token_ids"], got["token_ids"])
+
+    def test_seeds(self):
+        words = ["generate", self.dense, "-p", "hello", "-n", 16, "--ignore-eos", "--json", "--temperature", 1]
+        first, second, other = (json.loads(self.ok(*words, "--seed", s)) for s in (7, 7, 8))
+        self.assertEqual(first["token_ids"], second["token_ids"])
+        self.assertNotEqual(first["token_ids"], other["token_ids"])
+        drawn = json.loads(self.ok(*words))
+        self.assertEqual(json.loads(self.ok(*words, "--seed", drawn["seed"]))["token_ids"], drawn["token_ids"])
+
+    def test_streamed_text_is_the_same(self):
+        words = ["generate", self.dense, "-p", "hello", "-n", 12, "--temperature", 0, "--chat"]
+        self.assertEqual(self.ok(*words), self.ok(*words, "--stream"))
+        self.assertEqual(self.ok(*words), self.ok(*words, "-p", "-", input="hello"))
+
+    def test_refusals(self):
+        self.fails(1, "top_p", "generate", self.dense, "-p", "x", "--top-p", "0")
+        self.fails(1, "4096", "generate", self.dense, "-p", "-", input="x" * 5000)
+        self.fails(1, "no tokens|at least|empty|0 tokens", "generate", self.dense, "-p", "")
+
+
+class Serve(Case):
+    def start(self, *words):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{s.getsockname()[1]}"
+        self.log = open(self.folder / "serve.log", "w+")
+        server = subprocess.Popen([CHOIR, "serve", *map(str, words), "--listen", self.address], stderr=self.log,
+                                  stdin=subprocess.DEVNULL)
+        self.addCleanup(self.log.close)
+        self.addCleanup(server.kill)
+        for _ in range(600):
+            if server.poll() is not None or \
+                    choir("info", "--server", self.address, "--api-key", "secret-1").returncode == 0:
+                return server
+            time.sleep(0.1)
+        self.fail("the server never was SERVING")
+
+    def said(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def test_a_life(self):
+        config = self.folder / "serve.json"
+        config.write_text('{"max-num-seqs": 4, "memory": "256MiB", "api-key": ["secret-1"]}')
+        server = self.start(self.dense, self.moe, "--config", config, "--max-num-seqs", 8, "--served-model-name", "a")
+        said = self.said()
+        self.assertIn("max-num-seqs = 8 (command line)", said)
+        self.assertIn("memory = 256MiB (config file)", said)
+        self.assertNotIn("secret-1", said)
+        self.assertIn(f"listening on {self.address}", said)
+        key = ["--server", self.address, "--api-key", "secret-1"]
+        models = json.loads(self.ok("info", "--json", *key))["models"]
+        self.assertEqual([m["name"] for m in models], ["a", "moe"])
+        words = ["-p", "hello", "-n", 8, "--temperature", 0, "--json"]
+        here, there = (json.loads(self.ok("generate", m, *words, *more))
+                       for m, more in ((self.moe, []), ("moe", key)))
+        self.assertEqual(here["token_ids"], there["token_ids"])
+        self.assertEqual(here["text"], there["text"])
+        self.fails(1, "nope", "generate", "nope", *words, *key)
+        self.fails(1, "key|authoriz", "generate", "moe", *words, "--server", self.address)
+        taken = choir("serve", self.dense, "--listen", self.address)
+        self.assertEqual(taken.returncode, 1)
+        self.assertIn("cannot listen on " + self.address, taken.stderr.splitlines()[-1])
+        server.send_signal(signal.SIGTERM)
+        self.assertEqual(server.wait(60), 0)
+        self.fails(1, "[Cc]onnect|answers", "generate", "moe", *words, *key)
+
+    def test_a_second_signal_stops_at_once(self):
+        server = self.start(self.dense, "--shutdown-timeout", 600)
+        client = subprocess.Popen([CHOIR, "generate", "--server", self.address, "-p", "hello", "--ignore-eos",
+                                   "--stream"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        client.stdout.read(1)
+        server.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+        client.communicate(timeout=60)
+
+    def test_bad_configurations(self):
+        bad = self.folder / "bad.json"
+        bad.write_text('{"max-num-seq": 4}')
+        self.fails(2, "the nearest is --max-num-seqs", "serve", self.dense, "--config", bad)
+        done = choir("serve", self.dense, "--memory", "1K")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("--memory", done.stderr)
+        done = choir("serve", self.dense, "--listen", "not an address")
+        self.assertEqual(done.returncode, 1)
+
+
+class Chat(Case):
+    """A conversation over a pseudo-terminal."""
+
+    def open(self, *words, **environment):
+        pid, self.terminal = pty.fork()
+        if pid == 0:
+            os.environ.update(TERM="xterm", **environment)
+            os.execv(CHOIR, [CHOIR, "chat", str(self.dense), *words])
+        self.pid, self.seen = pid, ""
+        self.addCleanup(os.close, self.terminal)
+        self.addCleanup(self.kill)
+
+    def kill(self):
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+    def expect(self, pattern, seconds=60):
+        """What came until the pattern did; it is taken from what was seen."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen)):
+            ready, _, _ = select.select([self.terminal], [], [], max(0, end - time.monotonic()))
+            try:
+                data = os.read(self.terminal, 65536) if ready else b""
+            except OSError:
+                data = b""
+            if not data:
+                self.fail(f"'{pattern}' did not come; seen: {self.seen[-500:]!r}")
+            self.seen += data.decode(errors="replace")
+        before, self.seen = self.seen[:found.end()], self.seen[found.end():]
+        return before
+
+    def send(self, text):
+        os.write(self.terminal, text.encode())
+
+    def left(self):
+        for _ in range(600):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = 0
+                return os.waitstatus_to_exitcode(status)
+            select.select([self.terminal], [], [], 0.05)
+            try:
+                os.read(self.terminal, 65536)
+            except OSError:
+                pass
+            time.sleep(0.05)
+        self.fail("chat did not leave")
+
+    def test_ctrl_c_stops_the_answer_only(self):
+        self.open("--ignore-eos", "--temperature", "1")
+        self.expect("> ")
+        self.send("hello\n")
+        self.expect("\x1b\\[36m")
+        time.sleep(0.3)
+        self.send("\x03")
+        self.expect(r"\(stopped\)")
+        self.expect("> ")
+        self.send("/help\n")
+        self.expect("forget the conversation")
+        self.expect("> ")
+        self.send("/stats\n")
+        self.expect("prompt|nothing")
+        self.expect("> ")
+        self.send("half a line")
+        self.expect("half a line")
+        self.send("\x03")
+        self.expect("> ")
+        self.send("\x03")
+        self.expect("Ctrl-C again")
+        self.expect("> ")
+        self.send("\x03")
+        self.assertEqual(self.left(), 0)
+
+    def test_ctrl_d_and_quit_leave(self):
+        for last in ("\x04", "/quit\n", "/exit\n"):
+            self.open("-n", "4")
+            self.expect("> ")
+            self.send("hello\n")
+            self.expect("> ", 60)
+            self.send(last)
+            self.assertEqual(self.left(), 0)
+
+    def test_no_colour(self):
+        self.open("-n", "4", NO_COLOR="1")
+        self.expect("> ")
+        self.send("hello\n")
+        self.assertNotIn("\x1b[36m", self.expect(r"\n> "))
+
+    def test_lines_from_a_pipe(self):
+        saved = self.folder / "saved.json"
+        text = f"hello\n/system Be brief.\nhello again\n/save {saved}\n/bogus\n"
+        out = self.ok("chat", self.dense, "-n", 4, "--seed", 1, input=text)
+        self.assertNotIn("\x1b", out)
+        self.assertIn("'/bogus' is no command", out)
+        roles = [m["role"] for m in json.loads(saved.read_text())]
+        self.assertEqual(roles, ["system", "user", "assistant"])
+
+    def test_a_full_context_is_told(self):
+        small = self.folder / "small"
+        tiny_model.write(small, context=256)
+        out = choir("chat", small, "--ignore-eos", "--temperature", "1", "--seed", 3, input="hello\nand then?\n")
+        self.assertIn("the context is full", out.stdout)
+        self.assertRegex(out.stderr, "256")
+
+
+if __name__ == "__main__":
+    unittest.main(argv=[sys.argv[0], *sys.argv[2:]])
