@@ -1,7 +1,8 @@
 #include "server/call.h"
 
+#include "server/message.h"
+
 #include <grpc/byte_buffer.h>
-#include <grpc/byte_buffer_reader.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
@@ -328,32 +329,17 @@ void choir_call_receive(choir_call *call)
     start(call, &call->received, &receive, 1);
 }
 
-/* One contiguous copy of the message; the buffer of gRPC goes back at once. */
 static choir_status take_message(choir_call *call)
 {
     choir_free(call->data);
     call->data = NULL;
     call->bytes = 0;
-    grpc_byte_buffer_reader reader;
-    if (!grpc_byte_buffer_reader_init(&reader, call->core_message))
-        return choir_fail(CHOIR_E_INVALID, "the message cannot be read");
-    size_t bytes = grpc_byte_buffer_length(call->core_message), done = 0;
-    call->data = choir_alloc(CHOIR_MEM_REQUESTS, bytes + 1);
-    grpc_slice slice;
-    while (call->data != NULL && grpc_byte_buffer_reader_next(&reader, &slice)) {
-        size_t n = GRPC_SLICE_LENGTH(slice);
-        if (n > bytes - done) n = bytes - done;
-        memcpy(call->data + done, GRPC_SLICE_START_PTR(slice), n);
-        done += n;
-        grpc_slice_unref(slice);
-    }
-    grpc_byte_buffer_reader_destroy(&reader);
-    grpc_byte_buffer_destroy(call->core_message);
+    grpc_byte_buffer *message = call->core_message;
     call->core_message = NULL;
-    call->bytes = done;
-    if (call->data == NULL)
-        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a message of %zu bytes", bytes);
-    return CHOIR_OK;
+    choir_status status = choir_message_receive(message, call->server->options.max_message_bytes,
+                                                &call->data, &call->bytes);
+    grpc_byte_buffer_destroy(message);
+    return status;
 }
 
 static void handle_message(choir_call *call, bool ok)

@@ -170,6 +170,9 @@ void choir_health_update(choir_server *server, const bool *model_healthy);
 /* --- auth.c */
 bool choir_auth_allows(const choir_server *server, const grpc_metadata_array *metadata);
 
+/* --- accept.c */
+void choir_accept_limit(uint32_t max_connections); /* process-wide */
+
 /* --- watch.c: the thread that probes engines, moves the phase and ends what must end */
 void *choir_watch_run(void *server);
 void choir_dump_stacks(void);

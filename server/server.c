@@ -247,6 +247,8 @@ static grpc_server *make_grpc_server(const choir_server_options *o)
     /* A client may ask as often as this; one that asks more often is a flood and is sent away. */
     args[n++] = integer(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, PING_MIN_MS);
     args[n++] = integer(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, HANDSHAKE_MS);
+    /* choir_message_receive() decompresses, with a bound. */
+    args[n++] = integer(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0);
     /* Two servers on one port would each get half of the clients by surprise. */
     args[n++] = integer(GRPC_ARG_ALLOW_REUSEPORT, 0);
     if (o->idle_ms != 0) args[n++] = integer(GRPC_ARG_MAX_CONNECTION_IDLE_MS, o->idle_ms);
@@ -294,6 +296,7 @@ choir_status choir_server_start(choir_server *s)
     grpc_server_register_completion_queue(s->grpc, s->completions, NULL);
     grpc_server_credentials *credentials;
     CHOIR_TRY(make_credentials(&s->options, &credentials));
+    choir_accept_limit(s->options.max_connections);
     choir_status status = bind_all(s, credentials);
     grpc_server_credentials_release(credentials);
     CHOIR_TRY(status);

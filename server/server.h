@@ -38,6 +38,7 @@ typedef struct choir_server_options {
     uint32_t n_api_keys;         /* 0: open */
     uint32_t max_message_bytes;
     uint32_t max_metadata_bytes;
+    uint32_t max_connections;      /* further ones are closed at once */
     uint32_t max_streams;          /* at once, per connection */
     uint32_t max_calls;            /* open, of all connections */
     uint32_t n_parsers;            /* threads that check, render and tokenize requests */
@@ -54,6 +55,7 @@ typedef struct choir_server_options {
 #define CHOIR_SERVER_OPTIONS_DEFAULT                                                               \
     ((choir_server_options){.max_message_bytes = 4 << 20,                                          \
                             .max_metadata_bytes = 16 << 10,                                        \
+                            .max_connections = 16384,                                              \
                             .max_streams = 256,                                                    \
                             .max_calls = 4096,                                                     \
                             .n_parsers = 2,                                                        \

@@ -7,6 +7,7 @@ which is started with `--listen 127.0.0.1:PORT` behind it. Tests marked `simulat
 import importlib
 import os
 import pathlib
+import resource
 import shlex
 import signal
 import socket
@@ -71,16 +72,21 @@ def free_port():
 class Server:
     """One server process. `args` are the test server's knobs."""
 
-    def __init__(self, config, args=()):
+    def __init__(self, config, args=(), max_files=None):
         command = config.getoption("--server-command")
         self.is_real = bool(command)
         if not command:
             command = str(pathlib.Path(config.getoption("--build")) / "tests/server/test_server")
         self.port = free_port()
         self.target = f"127.0.0.1:{self.port}"
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
+
         self.process = subprocess.Popen(
             [*shlex.split(command), "--listen", self.target, *args], cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=limit if max_files else None)
         self.channels = []
 
     def channel(self, **options):
@@ -139,8 +145,8 @@ def launch(request):
     """launch("--step-ms", "20") starts a server for one test."""
     servers = []
 
-    def start(*args, wait=True):
-        server = Server(request.config, args)
+    def start(*args, wait=True, max_files=None):
+        server = Server(request.config, args, max_files)
         servers.append(server)
         return server.wait_serving() if wait else server
 

@@ -167,6 +167,32 @@ def test_too_large_a_message(shared, stub, help):
     assert help.ids(list(s.Generate(help.request(), timeout=60)))
 
 
+@pytest.mark.parametrize("algorithm", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_compressed_messages_are_bounded_too(choir, help, pb, algorithm):
+    text = "hello " * 2000
+    plain = choir.Tokenize(pb.TokenizeRequest(text=text), timeout=10)
+    assert choir.Tokenize(pb.TokenizeRequest(text=text), timeout=10, compression=algorithm) == plain
+    before = choir.GetStats(pb.GetStatsRequest(), timeout=5).server.resident_bytes
+    with pytest.raises(grpc.RpcError) as error:
+        choir.Tokenize(pb.TokenizeRequest(text="x" * (100 << 20)), timeout=60, compression=algorithm)
+    assert error.value.code() == INVALID and "4194304" in error.value.details()
+    after = choir.GetStats(pb.GetStatsRequest(), timeout=5).server.resident_bytes
+    assert after < before + (64 << 20)
+
+
+def test_damaged_compression(shared):
+    """A frame that says it is compressed and is not."""
+    import struct
+    from test_http2 import DATA, END_HEADERS, END_STREAM, HEADERS, Peer, frame, frames_of, request_headers
+    peer = Peer(shared)
+    headers = request_headers("/choir.v1.Choir/Tokenize", ("grpc-encoding", "gzip"))
+    body = b"\1" + struct.pack(">I", 20) + b"\x1f\x8b\x08\0" + b"\xff" * 16
+    peer.send(frame(HEADERS, END_HEADERS, 1, headers) + frame(DATA, END_STREAM, 1, body))
+    frames = frames_of(peer, 1)
+    assert frames[0][0] == HEADERS and frames[0][1] & END_STREAM and b"damaged" in frames[0][3]
+    peer.close()
+
+
 def test_no_message_at_all(shared):
     call = shared.channel().stream_stream("/choir.v1.Choir/Generate")
     error = refused(call(iter([]), timeout=10))

@@ -196,6 +196,21 @@ def test_garbage_and_idle_connections(shared, choir, help):
 
 
 @pytest.mark.simulated
+def test_more_connections_than_files(launch, rpc, pb):
+    """The listener outlives a lack of file descriptors, and open connections do not notice."""
+    server = launch(max_files=160)
+    early = rpc.ChoirStub(server.channel())
+    assert early.ListModels(pb.ListModelsRequest(), timeout=5).models
+    crowd = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(400)]
+    time.sleep(0.3)
+    assert early.ListModels(pb.ListModelsRequest(), timeout=5).models
+    for s in crowd:
+        s.close()
+    late = rpc.ChoirStub(server.channel())
+    assert late.ListModels(pb.ListModelsRequest(), timeout=20, wait_for_ready=True).models
+
+
+@pytest.mark.simulated
 def test_a_message_that_never_comes(launch, stub, help):
     server = launch("--stuck-ms", "500")
     peer = Peer(server)
