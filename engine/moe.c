@@ -157,12 +157,10 @@ static void down_and_mix(choir_engine *e, uint32_t expert, uint32_t worker, uint
     uint64_t begin, end;
     choir_share(hidden, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
     if (begin == end) return;
-    uint32_t n = n_slots_of(p, expert);
     float *y = s->slot_out + (size_t)2 * first * hidden;
     const choir_acts in = {s->gate + (size_t)2 * first * ffn, s->q8_ffn + s->q8_ffn_at[expert],
-                           choir_rows_given(w, n), ffn};
-    e->kernels->matmul(w, &in, y, hidden, (uint32_t)begin, (uint32_t)end);
-    choir_fold_twice(e, w, y, n, (uint32_t)begin, (uint32_t)end);
+                           n_slots_of(p, expert), ffn};
+    choir_multiply_twice(e, w, &in, y, (uint32_t)begin, (uint32_t)end);
     for (uint32_t slot = first; slot < p->first[expert + 1]; slot++) {
         size_t i = p->slots[slot] / p->k;
         e->kernels->add_scaled(s->x + i * hidden + begin,

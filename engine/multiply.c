@@ -20,8 +20,6 @@ static bool is_quantised(const choir_matrix *w)
     return w->layout == CHOIR_LAYOUT_W4 || w->layout == CHOIR_LAYOUT_W8;
 }
 
-uint32_t choir_rows_given(const choir_matrix *w, uint32_t n) { return is_quantised(w) ? 2 * n : n; }
-
 void choir_quantize_twice(const choir_engine *e, const choir_matrix *w, float *x, uint32_t n, uint8_t *q8,
                           uint32_t begin, uint32_t end)
 {
@@ -29,14 +27,6 @@ void choir_quantize_twice(const choir_engine *e, const choir_matrix *w, float *x
     e->kernels->quantize(x, w->cols, q8, begin, end);
     choir_acts_residual(x, w->cols, q8, x + (size_t)n * w->cols, begin, end);
     e->kernels->quantize(x, w->cols, q8, n + begin, n + end);
-}
-
-void choir_fold_twice(const choir_engine *e, const choir_matrix *w, float *y, uint32_t n, uint32_t begin,
-                      uint32_t end)
-{
-    if (!is_quantised(w)) return;
-    for (size_t i = 0; i < n; i++)
-        e->kernels->add(y + i * w->rows + begin, y + (n + i) * w->rows + begin, end - begin);
 }
 
 static uint64_t n_grains(const choir_matrix *m)
@@ -64,17 +54,24 @@ void choir_multiply(const choir_engine *e, const product *products, uint32_t n_p
     }
 }
 
+void choir_multiply_twice(const choir_engine *e, const choir_matrix *w, const choir_acts *acts, float *y,
+                          uint32_t begin, uint32_t end)
+{
+    if (begin >= end) return;
+    choir_acts given = *acts;
+    if (is_quantised(w)) given.n_rows *= 2;
+    e->kernels->matmul(w, &given, y, w->rows, begin, end);
+    for (size_t i = 0, n = acts->n_rows; is_quantised(w) && i < n; i++)
+        e->kernels->add(y + i * w->rows + begin, y + (n + i) * w->rows + begin, end - begin);
+}
+
 void choir_multiply_into_residual(const choir_engine *e, const choir_matrix *w,
                                   const choir_acts *acts, float *y, float *x, uint32_t worker,
                                   uint32_t n_workers)
 {
     uint64_t begin, end;
     choir_share(w->rows, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
-    if (begin == end) return;
-    choir_acts given = *acts;
-    given.n_rows = choir_rows_given(w, acts->n_rows);
-    e->kernels->matmul(w, &given, y, w->rows, (uint32_t)begin, (uint32_t)end);
-    choir_fold_twice(e, w, y, acts->n_rows, (uint32_t)begin, (uint32_t)end);
-    for (size_t i = 0; i < acts->n_rows; i++)
+    choir_multiply_twice(e, w, acts, y, (uint32_t)begin, (uint32_t)end);
+    for (size_t i = 0; begin < end && i < acts->n_rows; i++)
         e->kernels->add(x + i * w->rows + begin, y + i * w->rows + begin, (uint32_t)(end - begin));
 }

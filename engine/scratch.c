@@ -39,7 +39,7 @@ static void carve_rows(choir_engine *e, carver *c)
     s->att = carve(c, 2 * n * q_width, sizeof(float));
     s->q8_att = carve(c, 1, choir_acts_q8_bytes((uint32_t)(2 * n), (uint32_t)q_width));
     size_t head_rows = n < HEAD_ROWS ? n : HEAD_ROWS;
-    s->logits = carve(c, head_rows * m->vocab, sizeof(float));
+    s->logits = carve(c, 2 * head_rows * m->vocab, sizeof(float));
 }
 
 /* A step's slots by expert: each expert's area is padded, hence the rows beyond n * k. */
@@ -53,7 +53,9 @@ static void carve_slots(choir_engine *e, carver *c)
     uint32_t padded = (uint32_t)(n_slots + (m->n_experts > 0 ? 16 * n_experts : 0));
     s->gate = carve(c, 2 * n_slots * ffn, sizeof(float));
     s->up = carve(c, n_slots * ffn, sizeof(float));
-    s->q8_h_bytes = choir_acts_q8_bytes(padded, m->hidden) + 64 * n_experts;
+    uint32_t head_rows = (uint32_t)(2 * (n < HEAD_ROWS ? n : HEAD_ROWS));
+    s->q8_h_bytes = choir_acts_q8_bytes(padded > head_rows ? padded : head_rows, m->hidden) +
+                    64 * n_experts;
     s->q8_ffn_bytes = choir_acts_q8_bytes(2 * padded, ffn) + 64 * n_experts;
     s->q8_h = carve(c, 1, s->q8_h_bytes);
     s->q8_ffn = carve(c, 1, s->q8_ffn_bytes);

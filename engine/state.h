@@ -55,7 +55,7 @@ typedef struct step {
     size_t *q8_in_at, *q8_ffn_at; /* [n_experts] where an expert's area begins in q8_h, q8_ffn */
     size_t q8_h_bytes, q8_ffn_bytes;
     const choir_expert **pinned; /* [n_experts] of the current layer; NULL without rows */
-    float *logits;            /* [B, vocab] */
+    float *logits;            /* [2 B, vocab], as rows given twice need */
     choir_status *output_status; /* [R] of each output row; folded into spans at the end */
     float **attention_scratch; /* [n_threads] */
     void **sampler_scratch;    /* [n_threads] */
@@ -111,16 +111,15 @@ void choir_phase_head(choir_engine *engine, uint32_t worker, uint32_t n_workers)
 /* h = norm(x) for the worker's rows, quantised into q8 unless exact. */
 void choir_norm_rows(choir_engine *engine, const float *weight, float *h, uint8_t *q8,
                      uint32_t worker, uint32_t n_workers);
-/* The products that go into the residual stream (attention's and the FFN's last) carry most of the error of
- * 8-bit activations, so with quantised weights each row is given twice: as it is quantised, and what that
- * left over, quantised again, n rows later. Rows [begin, end) of n. */
+/* Attention's and the FFN's last product and the head carry most of the error of 8-bit activations, so with
+ * quantised weights each row is given twice: as it is quantised, and what that left over, quantised again,
+ * n rows later. Rows [begin, end) of n. */
 void choir_quantize_twice(const choir_engine *engine, const choir_matrix *w, float *x, uint32_t n,
                           uint8_t *q8, uint32_t begin, uint32_t end);
-/* y += its second half, over columns [begin, end), when w's rows were given twice. */
-void choir_fold_twice(const choir_engine *engine, const choir_matrix *w, float *y, uint32_t n,
-                      uint32_t begin, uint32_t end);
-/* How many rows a product of n rows has: n or 2 n. */
-uint32_t choir_rows_given(const choir_matrix *w, uint32_t n);
+/* The product of rows so given, over output columns [begin, end), into y's first acts->n_rows rows; y has
+ * room for twice as many. */
+void choir_multiply_twice(const choir_engine *engine, const choir_matrix *w, const choir_acts *acts,
+                          float *y, uint32_t begin, uint32_t end);
 /* The residual stream gets W a: the worker's own columns. y: [2 n_rows, hidden] scratch. */
 void choir_multiply_into_residual(const choir_engine *engine, const choir_matrix *w,
                                   const choir_acts *acts, float *y, float *x, uint32_t worker,
