@@ -9,8 +9,10 @@
 #pragma once
 #include "base/base.h"
 #include "engine/chat_template.h"
+#include "engine/gguf.h"
 #include "engine/kernels/kernels.h"
 #include "engine/model_file.h"
+#include "engine/safetensors.h"
 #include "engine/sampler.h"
 #include "engine/tokenizer.h"
 

@@ -23,6 +23,7 @@ typedef struct entry {
     choir_text key;
     uint32_t kind;
     const uint8_t *value; /* scalars, and a string's length field */
+    choir_text raw;       /* the whole entry */
     choir_gguf_array array;
 } entry;
 
@@ -245,7 +246,11 @@ static choir_status read_all(choir_gguf *g)
         return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for its tables", g->name);
     CHOIR_TRY(make_slots(g->n_entries, &g->entry_slots, &g->entry_mask));
     CHOIR_TRY(make_slots(g->n_tensors, &g->tensor_slots, &g->tensor_mask));
-    for (uint64_t i = 0; i < g->n_entries; i++) CHOIR_TRY(read_entry(g, i));
+    for (uint64_t i = 0; i < g->n_entries; i++) {
+        size_t at = g->at;
+        CHOIR_TRY(read_entry(g, i));
+        g->entries[i].raw = (choir_text){(const char *)g->data + at, g->at - at};
+    }
     int64_t alignment = 32;
     choir_gguf_integer(g, "general.alignment", &alignment);
     if (alignment < 1 || alignment > MAX_ALIGNMENT || (alignment & (alignment - 1)) != 0)
@@ -377,6 +382,15 @@ const choir_gguf_array *choir_gguf_find_array(const choir_gguf *g, const char *k
 {
     const entry *e = find_entry(g, key);
     return e == NULL || e->kind != ARRAY ? NULL : &e->array;
+}
+
+uint64_t choir_gguf_n_entries(const choir_gguf *g) { return g->n_entries; }
+
+void choir_gguf_entry_at(const choir_gguf *g, uint64_t i, choir_text *key, choir_text *raw)
+{
+    CHOIR_ASSERT(i < g->n_entries);
+    *key = g->entries[i].key;
+    *raw = g->entries[i].raw;
 }
 
 uint64_t choir_gguf_array_count(const choir_gguf_array *array) { return array->count; }

@@ -24,6 +24,10 @@ bool choir_gguf_integer(const choir_gguf *gguf, const char *key, int64_t *out);
 bool choir_gguf_real(const choir_gguf *gguf, const char *key, double *out);
 bool choir_gguf_string(const choir_gguf *gguf, const char *key, choir_text *out);
 
+/* Entries in file order; raw: key, type and value as they lie, for copying into another file. */
+uint64_t choir_gguf_n_entries(const choir_gguf *gguf);
+void choir_gguf_entry_at(const choir_gguf *gguf, uint64_t i, choir_text *key, choir_text *raw);
+
 typedef struct choir_gguf_array choir_gguf_array;
 /* NULL when the key is absent or is no array. */
 const choir_gguf_array *choir_gguf_find_array(const choir_gguf *gguf, const char *key);

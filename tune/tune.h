@@ -1,0 +1,46 @@
+/* WHAT    Model surgery. Upcycling: a dense model and LoRA adapters on its MLP become a mixture of experts
+ *         (Komatsuzaki et al. 2023): expert 0 is the base's MLP, expert i the MLP with adapter i merged.
+ * OWNS    Nothing between calls; the output appears whole or not at all.
+ * THREADS One caller; it starts its own workers.
+ * ERRORS  CHOIR_E_INVALID (an option; an adapter that does not fit, with the tensor's name),
+ *         CHOIR_E_UNIMPLEMENTED (DoRA, a family whose MLP has no Mixtral form), CHOIR_E_EXISTS (the output
+ *         folder is there), CHOIR_E_IO (with what is needed and what is free), CHOIR_E_DATA_LOSS (NaN).
+ * LIMITS  64 experts. Memory: the adapters as f32, and a few MiB; weights are streamed.
+ * NEXT    tune/upcycle.c */
+#pragma once
+#include "engine/engine.h"
+
+/* Where gates start from. HIDDEN: with mu_e the mean FFN input over sample text e, c the mean of all
+ * mu_e: gate row e is (mu_e - c) made orthogonal to c, of length `temperature`. UNIFORM: zeros. */
+typedef enum choir_gate_init { CHOIR_GATES_HIDDEN, CHOIR_GATES_UNIFORM } choir_gate_init;
+
+enum { CHOIR_MAX_UPCYCLE_ADAPTERS = 63 };
+
+typedef struct choir_upcycle_expert {
+    const char *name;        /* letters, digits, '.', '_' and '-'; at most 64 */
+    const char *adapter;     /* a PEFT folder: adapter_config.json, adapter_model.safetensors */
+    const char *sample_text; /* a file of its domain's text; NULL with CHOIR_GATES_UNIFORM */
+} choir_upcycle_expert;
+
+typedef struct choir_upcycle_options {
+    const char *base; /* a dense Llama-like model: .gguf or a Hugging Face folder */
+    const char *out;  /* NAME.gguf, or a folder to be made (safetensors, Mixtral's config.json) */
+    const choir_upcycle_expert *experts;
+    uint32_t n_experts;           /* 1 … 63; the base comes on top */
+    const char *base_sample_text; /* text that stands for the base; NULL with CHOIR_GATES_UNIFORM */
+    choir_gate_init gates;
+    float temperature;
+    uint32_t top_k;       /* experts per token */
+    choir_dtype dtype;    /* GGUF: Q8_0, Q4_1, F16, BF16; folder: BF16, F16, F32; CHOIR_N_DTYPES: Q8_0 or BF16 */
+    uint64_t shard_bytes; /* a folder's files are at most so large */
+    uint32_t n_threads;   /* 0: one per core */
+    bool show_progress;
+} choir_upcycle_options;
+#define CHOIR_UPCYCLE_OPTIONS_DEFAULT                                                              \
+    ((choir_upcycle_options){.temperature = 4,                                                     \
+                             .top_k = 2,                                                           \
+                             .dtype = CHOIR_N_DTYPES,                                              \
+                             .shard_bytes = UINT64_C(5000000000)})
+
+/* A GGUF output replaces a file of that name; a folder must not be there. */
+choir_status choir_upcycle(const choir_upcycle_options *options) CHOIR_MUST_USE;
