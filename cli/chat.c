@@ -4,6 +4,8 @@
 
 #include <errno.h>
 #include <histedit.h>
+#include <limits.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,19 +46,30 @@ static char *prompt_text(EditLine *editor)
     return text;
 }
 
+/* Waits for input or Ctrl-C (false). The signal is let in only while waiting, so that none is lost
+ * between the look at the flag and the wait. */
+static bool wait_for_input(void)
+{
+    sigset_t inside, outside;
+    struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
+    sigemptyset(&inside);
+    sigaddset(&inside, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &inside, &outside);
+    while (!choir_cli_interrupted && ppoll(&input, 1, NULL, &outside) < 0 && errno == EINTR)
+        continue;
+    pthread_sigmask(SIG_SETMASK, &outside, NULL);
+    return !choir_cli_interrupted;
+}
+
 /* libedit's own reader starts a read again after a signal; this one comes back, for Ctrl-C. */
 static int read_character(EditLine *editor, wchar_t *out)
 {
     mbstate_t state = {0};
-    int fd = STDIN_FILENO;
     (void)editor;
     for (int i = 0; i < MB_LEN_MAX; i++) {
         char byte;
-        ssize_t n = read(fd, &byte, 1);
-        if (n < 0 && errno == EINTR && !choir_cli_interrupted) {
-            i--;
-            continue;
-        }
+        if (!wait_for_input()) return -1;
+        ssize_t n = read(STDIN_FILENO, &byte, 1);
         if (n <= 0) return n < 0 ? -1 : 0;
         size_t used = mbrtowc(out, &byte, 1, &state);
         if (used == (size_t)-2) continue; /* more bytes belong to it */
