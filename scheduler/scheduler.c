@@ -62,7 +62,8 @@ static choir_status check_options(const choir_step_engine *engine, choir_schedul
     if (o->max_step_tokens < o->max_sequences || o->max_step_tokens > engine->max_rows)
         return choir_fail(CHOIR_E_INVALID, "max_step_tokens is %u, must be %u to %u",
                           o->max_step_tokens, o->max_sequences, engine->max_rows);
-    if (o->max_queued == 0) return choir_fail(CHOIR_E_INVALID, "max_queued is 0, must be at least 1");
+    if (o->max_queued == 0)
+        return choir_fail(CHOIR_E_INVALID, "max_queued is 0, must be at least 1");
     if (o->max_tokens_per_sequence == 0 || o->max_tokens_per_sequence > engine->max_positions)
         o->max_tokens_per_sequence = engine->max_positions;
     /* One sequence must always fit alone, or it could wait for ever. */
@@ -82,7 +83,7 @@ static choir_status make_tables(choir_scheduler *s)
     s->span_of = choir_calloc(CHOIR_MEM_REQUESTS, spans, sizeof *s->span_of);
     if (s->live == NULL || s->order == NULL || s->spans == NULL || s->span_of == NULL)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the scheduler");
-    CHOIR_TRY(kv_pages_create(s->engine.n_pages, &s->pages));
+    CHOIR_TRY(kv_pages_create(s->engine.n_pages, s->engine.zero_page, s->engine.engine, &s->pages));
     if (!s->options.prefix_cache) return CHOIR_OK;
     return prefix_cache_create(&s->pages, s->engine.page_tokens, &s->prefix);
 }
@@ -157,6 +158,29 @@ void choir_scheduler_destroy(choir_scheduler *s)
     choir_free(s);
 }
 
+/* What may end an answer. */
+static choir_status check_ends(const choir_scheduler *s, const choir_request *r)
+{
+    if (r->n_stops > CHOIR_MAX_STOPS)
+        return choir_fail(CHOIR_E_INVALID, "stop has %u texts, the limit is %d", r->n_stops,
+                          CHOIR_MAX_STOPS);
+    for (uint32_t i = 0; i < r->n_stops; i++) {
+        size_t bytes = strnlen(r->stops[i], CHOIR_MAX_STOP_BYTES + 1);
+        if (bytes == 0 || bytes > CHOIR_MAX_STOP_BYTES)
+            return choir_fail(CHOIR_E_INVALID, "stop[%u] has %s%zu bytes, must be 1 to %d", i,
+                              bytes > CHOIR_MAX_STOP_BYTES ? "at least " : "", bytes,
+                              CHOIR_MAX_STOP_BYTES);
+    }
+    if (r->n_stop_ids > CHOIR_MAX_STOP_IDS)
+        return choir_fail(CHOIR_E_INVALID, "stop_token_ids has %u ids, the limit is %d",
+                          r->n_stop_ids, CHOIR_MAX_STOP_IDS);
+    for (uint32_t i = 0; i < r->n_stop_ids; i++)
+        if (r->stop_ids[i] >= s->engine.vocab)
+            return choir_fail(CHOIR_E_INVALID, "stop_token_ids[%u] is %u, the vocabulary has %u", i,
+                              r->stop_ids[i], s->engine.vocab);
+    return CHOIR_OK;
+}
+
 /* All of a request's fields, before anything large is copied. */
 static choir_status check_request(const choir_scheduler *s, const choir_request *r)
 {
@@ -164,24 +188,16 @@ static choir_status check_request(const choir_scheduler *s, const choir_request 
     if (r->n_tokens == 0) return choir_fail(CHOIR_E_INVALID, "the prompt has no tokens");
     if (r->n_tokens >= most)
         return choir_fail(CHOIR_E_INVALID,
-                          "the prompt has %zu tokens, prompt and answer must fit into %u", r->n_tokens,
-                          most);
+                          "the prompt has %zu tokens, prompt and answer must fit into %u",
+                          r->n_tokens, most);
     for (size_t i = 0; i < r->n_tokens; i++)
         if (r->tokens[i] >= s->engine.vocab)
-            return choir_fail(CHOIR_E_INVALID, "token %zu of the prompt is %u, the vocabulary has %u", i,
+            return choir_fail(CHOIR_E_INVALID,
+                              "token %zu of the prompt is %u, the vocabulary has %u", i,
                               r->tokens[i], s->engine.vocab);
     if (r->n == 0 || r->n > CHOIR_MAX_SAMPLES)
         return choir_fail(CHOIR_E_INVALID, "n is %u, must be 1 to %d", r->n, CHOIR_MAX_SAMPLES);
-    if (r->n_stops > CHOIR_MAX_STOPS)
-        return choir_fail(CHOIR_E_INVALID, "stop has %u texts, the limit is %d", r->n_stops,
-                          CHOIR_MAX_STOPS);
-    if (r->n_stop_ids > CHOIR_MAX_STOP_IDS)
-        return choir_fail(CHOIR_E_INVALID, "stop_token_ids has %u ids, the limit is %d", r->n_stop_ids,
-                          CHOIR_MAX_STOP_IDS);
-    for (uint32_t i = 0; i < r->n_stop_ids; i++)
-        if (r->stop_ids[i] >= s->engine.vocab)
-            return choir_fail(CHOIR_E_INVALID, "stop_token_ids[%u] is %u, the vocabulary has %u", i,
-                              r->stop_ids[i], s->engine.vocab);
+    CHOIR_TRY(check_ends(s, r));
     return choir_sampling_check(&r->sampling, s->engine.vocab);
 }
 
@@ -192,11 +208,16 @@ static choir_status take_place(choir_scheduler *s, uint32_t n_samples)
     pthread_mutex_lock(&s->lock);
     if (s->draining)
         status = choir_fail(CHOIR_E_UNAVAILABLE, "the server is shutting down");
-    else if (s->n_not_admitted >= s->options.max_queued ||
-             s->n_held_samples + n_samples > s->max_live)
+    else if (s->n_held_samples + n_samples > s->max_live)
+        status = choir_fail(CHOIR_E_FULL, "%u samples are held, %u more would pass the limit of %u",
+                            s->n_held_samples, n_samples, s->max_live);
+    else if (s->n_not_admitted >= s->options.max_queued)
         status = choir_fail(CHOIR_E_FULL, "%u requests are waiting, the limit is %u",
                             s->n_not_admitted, s->options.max_queued);
     if (status == CHOIR_OK) {
+        /* Nothing was owed before: the watchdog's time begins now. */
+        if (s->n_held_requests == 0)
+            atomic_store_explicit(&s->last_progress_ns, choir_clock_now(), memory_order_release);
         s->n_not_admitted++;
         s->n_held_requests++;
         s->n_held_samples += n_samples;
@@ -214,6 +235,8 @@ static void give_place_back(choir_scheduler *s, uint32_t n_samples)
     s->n_not_admitted--;
     s->n_held_requests--;
     s->n_held_samples -= n_samples;
+    s->published.n_accepted--;
+    s->published.n_refused++;
     pthread_mutex_unlock(&s->lock);
 }
 

@@ -1,8 +1,12 @@
-/* Requests and their sequences: made from what a client asked, moved between states, and turned from
- * drawn tokens into text. */
+/* Requests and their sequences: made from what a client asked, moved between states, and turned
+ * from drawn tokens into text. */
 #include "scheduler/state.h"
 
 #include <string.h>
+
+/* One step of priority is worth ten seconds of waiting, so that nobody waits for ever. The order of
+ * two requests never changes, so that they never throw each other out by turns. */
+static const int64_t PRIORITY_US = 10 * 1000 * 1000;
 
 void sequence_move(choir_scheduler *s, sequence *q, sequence_state to)
 {
@@ -12,7 +16,6 @@ void sequence_move(choir_scheduler *s, sequence *q, sequence_state to)
         [SEQ_PAUSED] = {[SEQ_RUNNING] = true, [SEQ_WAITING] = true, [SEQ_ENDED] = true},
     };
     CHOIR_ASSERT(legal[q->state][to]);
-    if (to == SEQ_PAUSED) q->paused_since = choir_clock_now();
     if (to == SEQ_ENDED) {
         q->of->n_ended++;
         for (uint32_t i = 0; i < s->n_live; i++)
@@ -24,14 +27,14 @@ void sequence_move(choir_scheduler *s, sequence *q, sequence_state to)
     q->state = to;
 }
 
-void sequence_drop_pages(choir_scheduler *s, sequence *q, bool poisoned)
+void sequence_drop_pages(choir_scheduler *s, sequence *q, bool suspect)
 {
-    for (uint32_t i = 0; i < q->n_pages; i++) {
-        /* KV that held NaN is forgotten and wiped before anyone else may get the page. */
-        if (poisoned && s->prefix != NULL) prefix_cache_forget(s->prefix, q->pages[i]);
-        if (poisoned && s->pages.refs[q->pages[i]] == 1)
-            s->engine.zero_page(s->engine.engine, q->pages[i]);
-        kv_pages_drop(&s->pages, q->pages[i]);
+    for (uint32_t i = q->n_pages; i-- > 0;) {
+        uint32_t page = q->pages[i];
+        if (suspect) kv_pages_suspect(&s->pages, page);
+        if (suspect && s->prefix != NULL) prefix_cache_forget(s->prefix, page);
+        if (s->prefix != NULL) prefix_cache_touch(s->prefix, page);
+        kv_pages_drop(&s->pages, page);
     }
     q->n_pages = q->n_computed = q->n_registered = 0;
 }
@@ -39,11 +42,7 @@ void sequence_drop_pages(choir_scheduler *s, sequence *q, bool poisoned)
 static choir_status copy_stops(const choir_request *from, request *r)
 {
     for (uint32_t i = 0; i < from->n_stops; i++) {
-        size_t bytes = strnlen(from->stops[i], CHOIR_MAX_STOP_BYTES + 1);
-        if (bytes == 0 || bytes > CHOIR_MAX_STOP_BYTES)
-            return choir_fail(CHOIR_E_INVALID, "stop[%u] has %s%zu bytes, must be 1 to %d", i,
-                              bytes > CHOIR_MAX_STOP_BYTES ? "at least " : "", bytes,
-                              CHOIR_MAX_STOP_BYTES);
+        size_t bytes = strlen(from->stops[i]);
         r->stops[i] = choir_strdup(CHOIR_MEM_REQUESTS, from->stops[i]);
         if (r->stops[i] == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a request");
         r->n_stops = i + 1;
@@ -59,8 +58,8 @@ static choir_status make_sequence(choir_scheduler *s, const choir_request *from,
     sequence *q = &r->sequences[index];
     size_t room = from->n_tokens + r->max_new;
     uint32_t page_tokens = s->engine.page_tokens;
-    *q = (sequence){.of = r, .index = index, .n_prompt = (uint32_t)from->n_tokens,
-                    .stop_match = NO_STOP};
+    *q = (sequence){
+        .of = r, .index = index, .n_prompt = (uint32_t)from->n_tokens, .stop_match = NO_STOP};
     q->max_pages = (uint32_t)((room + page_tokens - 1) / page_tokens);
     q->n_tokens = q->n_prompt;
     q->tokens = choir_alloc(CHOIR_MEM_REQUESTS, room * sizeof *q->tokens);
@@ -72,7 +71,8 @@ static choir_status make_sequence(choir_scheduler *s, const choir_request *from,
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a request of %zu tokens", room);
     memcpy(q->tokens, from->tokens, from->n_tokens * sizeof *q->tokens);
     if (r->want_routes) {
-        size_t n = (size_t)s->engine.n_layers * s->options.max_step_tokens * s->engine.n_experts_used;
+        size_t n =
+            (size_t)s->engine.n_layers * s->options.max_step_tokens * s->engine.n_experts_used;
         q->routes.experts = choir_alloc(CHOIR_MEM_REQUESTS, n * sizeof(uint16_t));
         q->routes.weights = choir_alloc(CHOIR_MEM_REQUESTS, n * sizeof(float));
         if (q->routes.experts == NULL || q->routes.weights == NULL)
@@ -103,17 +103,15 @@ choir_status request_create(choir_scheduler *s, const choir_request *from, choir
     uint32_t most = s->options.max_tokens_per_sequence - (uint32_t)from->n_tokens;
     *r = (request){.stream = stream,
                    .n = from->n,
-                   .ignore_eos = from->ignore_eos,
+                   .min_new = from->sampling.min_tokens,
                    .want_logprobs = from->want_logprobs,
                    .want_routes = from->want_routes && s->engine.n_experts_used > 0,
-                   .priority = from->priority,
                    .deadline_ns = from->deadline_ns,
                    .submitted_ns = choir_clock_now(),
                    .root = prefix_root(from->cache_salt, s->engine.digest)};
     r->max_new = from->max_tokens == 0 || from->max_tokens > most ? most : from->max_tokens;
-    strncpy(r->id, from->id != NULL ? from->id : "", sizeof r->id - 1);
+    r->rank = (int64_t)(r->submitted_ns / 1000) - from->priority * PRIORITY_US;
     r->usage.prompt_tokens = (uint32_t)from->n_tokens;
-    r->n_forked = 1;
     collect_end_ids(s, from, r);
     choir_status status = copy_stops(from, r);
     if (status == CHOIR_OK) {
@@ -179,8 +177,8 @@ static size_t may_begin_stop(const request *r, const char *text, size_t n)
     return longest;
 }
 
-/* Decides what of the new text may go out now: *out points into `joined`, whose room is enough for the
- * held text and the new. `last`: nothing is held back any more. */
+/* Decides what of the new text may go out now: *out points into `joined`, whose room is enough for
+ * the held text and the new. `last`: nothing is held back any more. */
 static size_t pass_stops(sequence *q, const char *text, size_t bytes, bool last, char *joined)
 {
     request *r = q->of;
@@ -221,7 +219,8 @@ static void emit(choir_scheduler *s, sequence *q, const char *text, size_t bytes
         uint32_t k = s->engine.n_experts_used;
         for (uint32_t l = 0; l < s->engine.n_layers; l++) {
             size_t from = ((size_t)l * q->n_rows + q->n_rows - 1) * k;
-            memmove(q->routes.experts + (size_t)l * k, q->routes.experts + from, k * sizeof(uint16_t));
+            memmove(q->routes.experts + (size_t)l * k, q->routes.experts + from,
+                    k * sizeof(uint16_t));
             memmove(q->routes.weights + (size_t)l * k, q->routes.weights + from, k * sizeof(float));
         }
         route = q->routes;
@@ -265,6 +264,7 @@ void sequence_take_token(choir_scheduler *s, sequence *q, const choir_sample *sa
     size_t bytes = 0;
     uint64_t now = choir_clock_now();
     q->tokens[q->n_tokens++] = sample->token;
+    uint32_t n_drawn = q->n_tokens - q->n_prompt;
     r->usage.output_tokens++;
     s->stats.n_output_tokens++;
     if (r->first_token_ns == 0) {
@@ -273,7 +273,7 @@ void sequence_take_token(choir_scheduler *s, sequence *q, const choir_sample *sa
         stream_start(r->stream, &r->usage);
     }
     r->usage.decode_ns = now - r->first_token_ns;
-    bool end = ends_answer(r, sample->token);
+    bool end = n_drawn > r->min_new && ends_answer(r, sample->token);
     if (!end && q->detokenizer != NULL) {
         choir_status status = choir_detokenizer_push(q->detokenizer, sample->token, &text, &bytes);
         if (status != CHOIR_OK) {
@@ -285,7 +285,7 @@ void sequence_take_token(choir_scheduler *s, sequence *q, const choir_sample *sa
     if (q->state == SEQ_ENDED) return;
     if (end)
         q->finish = CHOIR_FINISH_STOP;
-    else if (q->finish == CHOIR_FINISH_NONE && q->n_tokens - q->n_prompt >= r->max_new)
+    else if (q->finish == CHOIR_FINISH_NONE && n_drawn >= r->max_new)
         q->finish = CHOIR_FINISH_LENGTH;
     if (q->finish != CHOIR_FINISH_NONE) finish_sequence(s, q);
 }
@@ -303,7 +303,8 @@ void request_end(choir_scheduler *s, request *r, choir_status status, const char
     s->stats.n_done += status == CHOIR_OK;
     s->stats.n_cancelled += status == CHOIR_E_CANCELLED;
     s->stats.n_expired += status == CHOIR_E_DEADLINE;
-    s->stats.n_failed += status != CHOIR_OK && status != CHOIR_E_CANCELLED && status != CHOIR_E_DEADLINE;
+    s->stats.n_failed +=
+        status != CHOIR_OK && status != CHOIR_E_CANCELLED && status != CHOIR_E_DEADLINE;
     uint64_t took = choir_clock_now() - r->submitted_ns;
     s->mean_request_ns = s->mean_request_ns == 0 ? took : (s->mean_request_ns * 7 + took) / 8;
     pthread_mutex_lock(&s->lock);

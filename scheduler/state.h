@@ -4,12 +4,14 @@
  *   (client) ──────▶ WAITING ──────────────▶ RUNNING ───────────────────▶ ENDED
  *                       ▲   preempt: pages away  │ ▲
  *                       └────────────────────────┤ │ outbox drained
- *                                  outbox full   ▼ │
- *                                              PAUSED ─── reader too slow ─▶ ENDED
- *   Any state but ENDED ends on cancel, deadline or error. sequence_move() is the only way.
+ *                       ▲          outbox full   ▼ │
+ *                       └──── pages away ────  PAUSED
+ *   Any state but ENDED ends on cancel, deadline, a reader too slow, or an error. sequence_move()
+ * is the only way. A paused sequence holds no slot, and its pages only while nobody else wants
+ * them.
  *
- * THREADS request and sequence belong to the engine thread once submitted; a stream is shared with its
- *         consumer under stream.lock. */
+ * THREADS request and sequence belong to the engine thread once submitted; a stream is shared with
+ * its consumer under stream.lock. */
 #pragma once
 #include "scheduler/prefix_cache.h"
 #include "scheduler/scheduler.h"
@@ -21,8 +23,8 @@ enum { NO_STOP = UINT32_MAX, DELTA_ROOM = 4096 };
 
 typedef enum sequence_state { SEQ_WAITING, SEQ_RUNNING, SEQ_PAUSED, SEQ_ENDED } sequence_state;
 
-/* The consumer's end of a request. Deltas lie in a ring of records; STARTED and DONE are flags, so that
- * an end always finds room. Freed when both sides have let go. */
+/* The consumer's end of a request. Deltas lie in a ring of records; STARTED and DONE are flags, so
+ * that an end always finds room. Freed when both sides have let go. */
 struct choir_stream {
     choir_scheduler *scheduler;
     pthread_mutex_t lock;
@@ -37,6 +39,8 @@ struct choir_stream {
     char message[512];
     choir_finish finish[CHOIR_MAX_SAMPLES];
     uint32_t stop_match[CHOIR_MAX_SAMPLES], n_finish;
+    bool broken;               /* a record could not be lent for lack of memory: it ends so */
+    size_t outbox_bytes;       /* a copy: the scheduler may be gone before its streams */
     uint32_t n_layers, n_used; /* shape of a route */
     void (*wake)(void *user);
     void *user;
@@ -49,10 +53,10 @@ typedef struct sequence {
     request *of;
     uint32_t index;
     sequence_state state;
-    uint32_t *tokens; /* prompt, then what was drawn; room for all */
+    uint32_t *tokens;                        /* prompt, then what was drawn; room for all */
     uint32_t n_tokens, n_prompt, n_computed; /* n_computed: those whose KV is in the pages */
     uint32_t *pages, n_pages, max_pages;
-    prefix_key *keys; /* [max_pages + 1]: keys[i + 1] is page i's */
+    prefix_key *keys;      /* [max_pages + 1]: keys[i + 1] is page i's */
     uint32_t n_registered; /* full pages the prefix cache was told of */
     choir_sampler *sampler;
     choir_detokenizer *detokenizer;
@@ -60,7 +64,6 @@ typedef struct sequence {
     size_t n_held;
     choir_finish finish;
     uint32_t stop_match;
-    uint64_t paused_since;
     bool selected;       /* has a span in this step */
     uint32_t n_rows;     /* of that span */
     choir_routes routes; /* of the span, when wanted */
@@ -69,17 +72,17 @@ typedef struct sequence {
 struct request {
     request *next; /* in the mailbox */
     choir_stream *stream;
-    char id[136];
     sequence *sequences; /* [n]; 0 prefills, the others fork from it */
-    uint32_t n, n_forked, n_ended;
-    uint32_t max_new;
-    bool ignore_eos, want_logprobs, want_routes;
+    uint32_t n, n_ended;
+    uint32_t max_new, min_new;
+    bool want_logprobs, want_routes;
     char *stops[CHOIR_MAX_STOPS];
     size_t stop_bytes[CHOIR_MAX_STOPS], longest_stop;
     uint32_t n_stops;
     uint32_t end_ids[CHOIR_MAX_STOP_IDS + 16], n_end_ids;
-    int32_t priority;
-    uint64_t number; /* order of arrival */
+    int64_t rank;           /* lower goes first: the time of arrival, less the priority's worth */
+    uint64_t number;        /* order of arrival */
+    uint64_t blocked_since; /* the outbox has been full since; 0: it has room */
     uint64_t deadline_ns, submitted_ns, first_step_ns, first_token_ns;
     prefix_key root;
     choir_usage usage;
@@ -104,8 +107,9 @@ struct choir_scheduler {
     choir_scheduler_stats published;
     uint64_t next_number;
 
-    _Atomic uint64_t last_progress_ns; /* release by the tick, acquire by get_stats */
-    atomic_bool busy;                  /* likewise: there is work a step could do */
+    _Atomic uint64_t
+        last_progress_ns; /* release by the tick and the first submit, acquire by get_stats */
+    atomic_bool busy;     /* likewise: there is work a step could do */
 
     /* the engine thread's */
     sequence **live; /* every sequence not ended, in no order */
@@ -123,15 +127,15 @@ choir_status request_create(choir_scheduler *s, const choir_request *from, choir
                             request **out) CHOIR_MUST_USE;
 void request_destroy(request *r);
 void sequence_move(choir_scheduler *s, sequence *q, sequence_state to);
-void sequence_drop_pages(choir_scheduler *s, sequence *q, bool poisoned);
+void sequence_drop_pages(choir_scheduler *s, sequence *q, bool suspect);
 /* Takes one drawn token: text, stops, ends; puts the delta into the outbox. */
 void sequence_take_token(choir_scheduler *s, sequence *q, const choir_sample *sample);
 /* Ends every sequence of a request; `message` NULL: a good end. */
 void request_end(choir_scheduler *s, request *r, choir_status status, const char *message);
 
 /* stream.c */
-choir_status stream_create(choir_scheduler *s, void (*wake)(void *), void *user, choir_stream **out)
-    CHOIR_MUST_USE;
+choir_status stream_create(choir_scheduler *s, void (*wake)(void *), void *user,
+                           choir_stream **out) CHOIR_MUST_USE;
 void stream_free(choir_stream *stream);
 typedef struct delta {
     uint32_t index;
@@ -141,10 +145,12 @@ typedef struct delta {
     bool logprobs;
     const choir_routes *routes; /* of one position */
 } delta;
-bool stream_has_room(choir_stream *stream, uint32_t n_deltas); /* notes that room is wanted if not */
+bool stream_has_room(choir_stream *stream,
+                     uint32_t n_deltas); /* notes that room is wanted if not */
 void stream_start(choir_stream *stream, const choir_usage *usage);
 choir_status stream_put(choir_stream *stream, const delta *d) CHOIR_MUST_USE;
-void stream_finish(choir_stream *stream, const request *r, choir_status status, const char *message);
+void stream_finish(choir_stream *stream, const request *r, choir_status status,
+                   const char *message);
 void stream_wake(choir_stream *stream);
 
 /* tick.c */

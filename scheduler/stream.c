@@ -1,4 +1,5 @@
-/* The outbox of a request: deltas in a ring that the engine thread fills and one consumer empties. */
+/* The outbox of a request: deltas in a ring that the engine thread fills and one consumer empties.
+ */
 #include "scheduler/state.h"
 
 #include <string.h>
@@ -26,6 +27,7 @@ choir_status stream_create(choir_scheduler *s, void (*wake)(void *), void *user,
     stream->user = user;
     stream->n_layers = s->engine.n_layers;
     stream->n_used = s->engine.n_experts_used;
+    stream->outbox_bytes = s->options.outbox_bytes;
     stream->ring_bytes = s->options.outbox_bytes + 2 * DELTA_ROOM;
     stream->ring = choir_alloc(CHOIR_MEM_REQUESTS, stream->ring_bytes);
     pthread_mutex_init(&stream->lock, NULL);
@@ -55,8 +57,8 @@ void stream_free(choir_stream *stream)
 bool stream_has_room(choir_stream *stream, uint32_t n_deltas)
 {
     pthread_mutex_lock(&stream->lock);
-    bool room = stream->used == 0 ||
-                stream->used + (size_t)n_deltas * DELTA_ROOM <= stream->scheduler->options.outbox_bytes;
+    bool room =
+        stream->used == 0 || stream->used + (size_t)n_deltas * DELTA_ROOM <= stream->outbox_bytes;
     stream->wanted_room = !room;
     pthread_mutex_unlock(&stream->lock);
     return room;
@@ -99,8 +101,8 @@ choir_status stream_put(choir_stream *stream, const delta *d)
     bytes = (bytes + 7) & ~(size_t)7;
     if (bytes > UINT32_MAX) return choir_fail(CHOIR_E_INTERNAL, "a delta of %zu bytes", bytes);
     pthread_mutex_lock(&stream->lock);
-    choir_status status = make_room(stream, bytes);
-    if (status == CHOIR_OK) {
+    choir_status status = CHOIR_OK;
+    if (!stream->broken && (status = make_room(stream, bytes)) == CHOIR_OK) {
         uint8_t *at = stream->ring + stream->head + stream->used;
         record r = {.bytes = (uint32_t)bytes,
                     .index = d->index,
@@ -132,7 +134,8 @@ void stream_finish(choir_stream *stream, const request *r, choir_status status, 
 {
     pthread_mutex_lock(&stream->lock);
     stream->done = true;
-    stream->status = status;
+    stream->status = stream->broken ? CHOIR_E_NO_MEMORY : status;
+    if (stream->broken) message = "no memory for the request's output";
     if (message != NULL) strncpy(stream->message, message, sizeof stream->message - 1);
     stream->usage = r->usage;
     stream->n_finish = r->n;
@@ -156,7 +159,14 @@ static bool take_record(choir_stream *stream, choir_event *out)
     size_t need = sizeof(view) + r.bytes;
     if (need > stream->view_bytes) {
         uint8_t *larger = choir_realloc(CHOIR_MEM_REQUESTS, stream->view, need);
-        if (larger == NULL) return false; /* the record stays; the next call tries again */
+        if (larger == NULL) {
+            /* Without its memory the answer would have a hole: it ends instead. */
+            stream->broken = true;
+            stream->used = stream->head = 0;
+            stream->status = CHOIR_E_NO_MEMORY;
+            atomic_store_explicit(&stream->cancelled, true, memory_order_release);
+            return false;
+        }
         stream->view = larger;
         stream->view_bytes = need;
     }
@@ -167,17 +177,18 @@ static bool take_record(choir_stream *stream, choir_event *out)
     stream->head += r.bytes;
     stream->used -= r.bytes;
     if (stream->used == 0) stream->head = 0;
-    v->logprob = (choir_token_logprob){r.token, r.logprob, r.n_top, v->r.top_tokens, v->r.top_logprobs};
-    *out = (choir_event){.kind = CHOIR_EVENT_DELTA,
-                         .index = r.index,
-                         .text = (const char *)rest + (size_t)r.n_routes * 6,
-                         .text_bytes = r.text_bytes,
-                         .tokens = &v->r.token,
-                         .n_tokens = r.n_tokens,
-                         .logprobs = r.has_logprob ? &v->logprob : NULL,
-                         .route_weights = r.n_routes > 0 ? (const float *)rest : NULL,
-                         .route_experts =
-                             r.n_routes > 0 ? (const uint16_t *)(rest + (size_t)r.n_routes * 4) : NULL};
+    v->logprob =
+        (choir_token_logprob){r.token, r.logprob, r.n_top, v->r.top_tokens, v->r.top_logprobs};
+    *out = (choir_event){
+        .kind = CHOIR_EVENT_DELTA,
+        .index = r.index,
+        .text = (const char *)rest + (size_t)r.n_routes * 6,
+        .text_bytes = r.text_bytes,
+        .tokens = &v->r.token,
+        .n_tokens = r.n_tokens,
+        .logprobs = r.has_logprob ? &v->logprob : NULL,
+        .route_weights = r.n_routes > 0 ? (const float *)rest : NULL,
+        .route_experts = r.n_routes > 0 ? (const uint16_t *)(rest + (size_t)r.n_routes * 4) : NULL};
     return true;
 }
 
@@ -189,10 +200,10 @@ static bool next_locked(choir_stream *stream, choir_event *out, bool *nudge)
         return true;
     }
     if (stream->used > 0) {
-        if (!take_record(stream, out)) return false;
-        *nudge = stream->wanted_room && stream->used < stream->scheduler->options.outbox_bytes / 2;
+        bool taken = take_record(stream, out);
+        *nudge = stream->broken || (stream->wanted_room && stream->used < stream->outbox_bytes / 2);
         if (*nudge) stream->wanted_room = false;
-        return true;
+        if (taken) return true;
     }
     if (!stream->done || stream->done_taken) return false;
     stream->done_taken = true;
@@ -206,7 +217,8 @@ static bool next_locked(choir_stream *stream, choir_event *out, bool *nudge)
     return true;
 }
 
-/* Under the stream's lock: until the engine thread has taken it to finish, the scheduler is alive. */
+/* Under the stream's lock: until the engine thread has taken it to finish, the scheduler is alive.
+ */
 static void nudge_scheduler(choir_stream *stream)
 {
     if (!stream->finished_by_engine) scheduler_nudge(stream->scheduler);
@@ -227,7 +239,8 @@ bool choir_stream_wait(choir_stream *stream, uint64_t timeout_ns, choir_event *o
     if (choir_stream_next(stream, out)) return true;
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
-    uint64_t end = (uint64_t)until.tv_sec * CHOIR_SECOND + (uint64_t)until.tv_nsec + timeout_ns;
+    uint64_t end = (uint64_t)until.tv_sec * CHOIR_SECOND + (uint64_t)until.tv_nsec;
+    if (__builtin_add_overflow(end, timeout_ns, &end) || end > INT64_MAX) end = INT64_MAX;
     until = (struct timespec){(time_t)(end / CHOIR_SECOND), (long)(end % CHOIR_SECOND)};
     pthread_mutex_lock(&stream->lock);
     while (stream->used == 0 && !(stream->done && !stream->done_taken) &&

@@ -1,12 +1,9 @@
-/* One tick, read aloud: take what was submitted, end what must end, resume who has room again, choose the
- * rows of this step (decode rows first, then prefill chunks), step, hand out. */
+/* One tick, read aloud: take what was submitted, end what must end, resume who has room again,
+ * choose the rows of this step (decode rows first, then prefill chunks), step, hand out. */
 #include "scheduler/state.h"
 
 #include <stdlib.h>
 #include <string.h>
-
-/* A waiting request gains one priority for every ten seconds, so that none starves. */
-enum { AGEING_SECONDS = 10 };
 
 static void take_mailbox(choir_scheduler *s)
 {
@@ -34,37 +31,49 @@ static void end_what_must(choir_scheduler *s)
             request_end(s, r, CHOIR_E_CANCELLED, "the client cancelled the request");
         else if (r->deadline_ns != 0 && now >= r->deadline_ns)
             request_end(s, r, CHOIR_E_DEADLINE, "the request's deadline has passed");
-        else if (q->state == SEQ_PAUSED && now - q->paused_since >= slow_ns)
+        else if (r->blocked_since != 0 && now - r->blocked_since >= slow_ns)
             request_end(s, r, CHOIR_E_CANCELLED, "the client reads too slowly");
         else
             i++; /* an end moves another sequence to this place */
     }
 }
 
-/* Pauses who has no room for another delta, resumes who has room again. */
+static uint32_t n_in_state(const choir_scheduler *s, sequence_state state)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < s->n_live; i++) n += s->live[i]->state == state;
+    return n;
+}
+
+/* Pauses who has no room for another delta, resumes who has room again and finds a slot. The slow
+ * reader's time runs on while its sequence has lost its pages. */
 static void watch_readers(choir_scheduler *s)
 {
+    uint64_t now = choir_clock_now();
+    uint32_t n_running = n_in_state(s, SEQ_RUNNING);
     for (uint32_t i = 0; i < s->n_live; i++) {
         sequence *q = s->live[i];
-        if (q->state != SEQ_RUNNING && q->state != SEQ_PAUSED) continue;
-        bool room = stream_has_room(q->of->stream, q->of->n);
-        if (q->state == SEQ_RUNNING && !room) sequence_move(s, q, SEQ_PAUSED);
-        if (q->state == SEQ_PAUSED && room) sequence_move(s, q, SEQ_RUNNING);
+        request *r = q->of;
+        if (r->first_token_ns == 0) continue; /* nothing was put out yet */
+        bool room = stream_has_room(r->stream, r->n);
+        if (room)
+            r->blocked_since = 0;
+        else if (r->blocked_since == 0)
+            r->blocked_since = now;
+        if (q->state == SEQ_RUNNING && !room) {
+            sequence_move(s, q, SEQ_PAUSED);
+            n_running--;
+        } else if (q->state == SEQ_PAUSED && room && n_running < s->options.max_sequences) {
+            sequence_move(s, q, SEQ_RUNNING);
+            n_running++;
+        }
     }
 }
 
-static int64_t rank_of(const sequence *q, uint64_t now)
-{
-    uint64_t waited_s = (now - q->of->submitted_ns) / CHOIR_SECOND;
-    return (int64_t)q->of->priority + (int64_t)(waited_s / AGEING_SECONDS);
-}
-
-/* Higher rank first, then the earlier request, then the lower index. */
-static int by_rank(const void *a, const void *b, void *now)
+static int by_rank(const void *a, const void *b)
 {
     const sequence *x = *(sequence *const *)a, *y = *(sequence *const *)b;
-    int64_t p = rank_of(x, *(uint64_t *)now), q = rank_of(y, *(uint64_t *)now);
-    if (p != q) return p > q ? -1 : 1;
+    if (x->of->rank != y->of->rank) return x->of->rank < y->of->rank ? -1 : 1;
     if (x->of->number != y->of->number) return x->of->number < y->of->number ? -1 : 1;
     return x->index < y->index ? -1 : x->index > y->index;
 }
@@ -90,21 +99,22 @@ static void preempt(choir_scheduler *s, sequence *q)
     s->stats.n_preempted++;
 }
 
-/* The last in rank behind place `at` that holds pages; paused ones go first. */
-static sequence *find_victim(choir_scheduler *s, uint32_t at, uint32_t n)
+/* Whose pages the sequence at place `at` may have: the last in rank of those that pause, else
+ * (unless `paused_only`) the last in rank behind it. */
+static sequence *find_victim(choir_scheduler *s, uint32_t at, uint32_t n, bool paused_only)
 {
     sequence *victim = NULL;
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = n; i-- > 0;) {
         sequence *q = s->order[i];
-        if (q->n_pages == 0 || q == s->order[at]) continue;
-        if (q->state == SEQ_PAUSED && !q->selected) return q;
-        if (q->state == SEQ_RUNNING && i > at) victim = q;
+        if (q->n_pages == 0 || i == at) continue;
+        if (q->state == SEQ_PAUSED) return q;
+        if (q->state == SEQ_RUNNING && i > at && victim == NULL && !paused_only) victim = q;
     }
     return victim;
 }
 
-/* Pages for the sequence at place `at` up to `tokens`; others behind it give theirs if they must. */
-static bool reserve(choir_scheduler *s, uint32_t at, uint32_t n, uint32_t tokens, bool may_preempt)
+/* Pages for the sequence at place `at` up to `tokens`; others give theirs if they must. */
+static bool reserve(choir_scheduler *s, uint32_t at, uint32_t n, uint32_t tokens, bool paused_only)
 {
     sequence *q = s->order[at];
     uint32_t need = pages_for(s, tokens);
@@ -114,14 +124,15 @@ static bool reserve(choir_scheduler *s, uint32_t at, uint32_t n, uint32_t tokens
             q->n_pages++;
             continue;
         }
-        sequence *victim = may_preempt ? find_victim(s, at, n) : NULL;
+        sequence *victim = find_victim(s, at, n, paused_only);
         if (victim == NULL) return false;
         preempt(s, victim);
     }
     return true;
 }
 
-/* Full pages that the cache knows become the sequence's; at least the last token is left to compute. */
+/* Full pages that the cache knows become the sequence's; at least the last token is left to
+ * compute. */
 static void match_prefix(choir_scheduler *s, sequence *q)
 {
     uint32_t page_tokens = s->engine.page_tokens;
@@ -137,14 +148,20 @@ static void match_prefix(choir_scheduler *s, sequence *q)
     q->n_computed = q->n_pages * page_tokens;
 }
 
-/* A further sample takes over what the first has computed of the prompt: full pages are shared, the page
- * in which the prompt ends is copied; only the prompt's last token is computed again. */
+static bool has_first_token(const sequence *q)
+{
+    return q->n_tokens > q->n_prompt;
+}
+
+/* A further sample takes over what the first has computed of the prompt: full pages are shared, the
+ * page in which the prompt ends is copied; only the prompt's last token is computed again. */
 static bool fork_from_first(choir_scheduler *s, sequence *q)
 {
     const sequence *first = &q->of->sequences[0];
     uint32_t shared = (q->n_prompt - 1) / s->engine.page_tokens;
     bool partial = (q->n_prompt - 1) % s->engine.page_tokens != 0;
-    if (first->n_computed + 1 < q->n_prompt) return false; /* it was preempted meanwhile, or has ended */
+    if (first->n_computed + 1 < q->n_prompt)
+        return false; /* it was preempted meanwhile, or has ended */
     uint32_t copy = 0;
     if (partial && !take_page(s, &copy)) return false;
     memcpy(q->keys, first->keys, ((size_t)shared + 1) * sizeof *q->keys);
@@ -169,15 +186,18 @@ static void select_rows(sequence *q, uint32_t n_rows, uint32_t *budget)
     *budget -= n_rows;
 }
 
-static uint32_t n_pending(const sequence *q) { return q->n_tokens - q->n_computed; }
+static uint32_t n_pending(const sequence *q)
+{
+    return q->n_tokens - q->n_computed;
+}
 
 static void select_decode(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
-    for (uint32_t i = 0; i < n && *budget > 0; i++) {
+    for (uint32_t i = 0; i<n && * budget> 0; i++) {
         sequence *q = s->order[i];
         if (q->state != SEQ_RUNNING || n_pending(q) != 1) continue;
         if (*n_selected == s->options.max_sequences) break;
-        if (!reserve(s, i, n, q->n_tokens, true)) {
+        if (!reserve(s, i, n, q->n_tokens, false)) {
             preempt(s, q); /* nobody behind it can give: it waits itself */
             continue;
         }
@@ -188,11 +208,11 @@ static void select_decode(choir_scheduler *s, uint32_t n, uint32_t *budget, uint
 
 static void select_prefill(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
-    for (uint32_t i = 0; i < n && *budget > 0 && *n_selected < s->options.max_sequences; i++) {
+    for (uint32_t i = 0; i<n && * budget> 0 && *n_selected < s->options.max_sequences; i++) {
         sequence *q = s->order[i];
         if (q->state != SEQ_RUNNING || q->selected || n_pending(q) <= 1) continue;
         uint32_t rows = n_pending(q) < *budget ? n_pending(q) : *budget;
-        if (!reserve(s, i, n, q->n_computed + rows, true)) {
+        if (!reserve(s, i, n, q->n_computed + rows, false)) {
             preempt(s, q);
             continue;
         }
@@ -203,18 +223,47 @@ static void select_prefill(choir_scheduler *s, uint32_t n, uint32_t *budget, uin
 
 static bool may_enter(const sequence *q)
 {
-    if (q->index == 0 || q->n_tokens > q->n_prompt) return true;
-    const sequence *first = &q->of->sequences[0];
-    return first->n_tokens > first->n_prompt; /* the prompt is computed */
+    if (q->of->blocked_since != 0) return false; /* its reader is slow: it would only pause again */
+    return q->index == 0 || has_first_token(q) || has_first_token(&q->of->sequences[0]);
 }
 
-/* Room for all that the sequence has still to compute, so that it is not thrown out again at once. */
-static bool has_room(choir_scheduler *s, const sequence *q, uint32_t n_running)
+/* Pages that a sequence needs beyond those it holds to draw its next token. */
+static uint32_t n_owed(const choir_scheduler *s, const sequence *q)
 {
-    if (n_running == 0) return true;
-    uint32_t need = pages_for(s, q->n_tokens + 1), have = q->n_pages + s->pages.n_free;
-    if (have >= need) return true;
-    return s->prefix != NULL && have + prefix_cache_n_idle(s->prefix) >= need;
+    uint32_t need = pages_for(s, q->n_tokens + 1);
+    return need > q->n_pages ? need - q->n_pages : 0;
+}
+
+/* Room for all that the sequence has still to compute, beside what the running ones still need, so
+ * that nobody is thrown out again at once. */
+static bool has_room(const choir_scheduler *s, uint32_t owed)
+{
+    uint64_t have = (uint64_t)s->pages.n_free + s->pages.n_idle;
+    bool alone = true;
+    for (uint32_t i = 0; i < s->n_live; i++) {
+        const sequence *q = s->live[i];
+        if (q->state == SEQ_PAUSED) have += q->n_pages;
+        if (q->state == SEQ_RUNNING) owed += n_owed(s, q);
+        alone = alone && q->state != SEQ_RUNNING;
+    }
+    return alone || have >= owed;
+}
+
+/* What is computed already becomes the waiting sequence's, and pages for `rows` more. */
+static bool enter(choir_scheduler *s, uint32_t at, uint32_t n, uint32_t budget)
+{
+    sequence *q = s->order[at];
+    bool forks = q->index > 0 && !has_first_token(q);
+    uint32_t shared = forks ? (q->n_prompt - 1) / s->engine.page_tokens : 0;
+    if (forks && !has_room(s, n_owed(s, q) - shared)) return false;
+    if (!forks || !fork_from_first(s, q)) match_prefix(s, q);
+    uint32_t rows = n_pending(q) < budget ? n_pending(q) : budget;
+    if (has_room(s, n_owed(s, q)) && reserve(s, at, n, q->n_computed + rows, true)) {
+        sequence_move(s, q, SEQ_RUNNING);
+        return true;
+    }
+    sequence_drop_pages(s, q, false);
+    return false;
 }
 
 static void note_admission(choir_scheduler *s, request *r, const sequence *q)
@@ -231,28 +280,19 @@ static void note_admission(choir_scheduler *s, request *r, const sequence *q)
     pthread_mutex_unlock(&s->lock);
 }
 
-/* Admits waiting sequences by rank while slots, rows and pages are there; the first that finds none ends
- * it, so that nobody is overtaken for being large. */
+/* Admits waiting sequences by rank while slots, rows and pages are there; the first that finds none
+ * ends it, so that nobody is overtaken for being large. */
 static void admit(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
-    uint32_t n_running = 0;
-    for (uint32_t i = 0; i < n; i++)
-        n_running += s->order[i]->state == SEQ_RUNNING || s->order[i]->state == SEQ_PAUSED;
-    for (uint32_t i = 0; i < n && *budget > 0 && n_running < s->options.max_sequences; i++) {
+    uint32_t n_running = n_in_state(s, SEQ_RUNNING);
+    for (uint32_t i = 0; i<n && * budget> 0 && n_running < s->options.max_sequences; i++) {
         sequence *q = s->order[i];
         if (q->state != SEQ_WAITING || !may_enter(q)) continue;
-        bool fork = q->index > 0 && q->n_tokens == q->n_prompt;
-        if (!fork || !fork_from_first(s, q)) match_prefix(s, q);
-        uint32_t rows = n_pending(q) < *budget ? n_pending(q) : *budget;
-        if (!has_room(s, q, n_running) || !reserve(s, i, n, q->n_computed + rows, false)) {
-            sequence_drop_pages(s, q, false);
-            return;
-        }
-        sequence_move(s, q, SEQ_RUNNING);
+        if (!enter(s, i, n, *budget)) return;
         note_admission(s, q->of, q);
         n_running++;
         if (*n_selected == s->options.max_sequences) return;
-        select_rows(q, rows, budget);
+        select_rows(q, n_pending(q) < *budget ? n_pending(q) : *budget, budget);
         ++*n_selected;
     }
 }
@@ -260,9 +300,8 @@ static void admit(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_
 static uint32_t choose(choir_scheduler *s)
 {
     uint32_t budget = s->options.max_step_tokens, n_selected = 0, n = s->n_live;
-    uint64_t now = choir_clock_now();
     memcpy(s->order, s->live, n * sizeof *s->order);
-    qsort_r(s->order, n, sizeof *s->order, by_rank, &now);
+    qsort(s->order, n, sizeof *s->order, by_rank);
     for (uint32_t i = 0; i < n; i++) s->order[i]->selected = false;
     select_decode(s, n, &budget, &n_selected);
     select_prefill(s, n, &budget, &n_selected);
@@ -288,7 +327,8 @@ static uint32_t choose(choir_scheduler *s)
 static void register_pages(choir_scheduler *s, sequence *q)
 {
     uint32_t page_tokens = s->engine.page_tokens;
-    for (; s->prefix != NULL && (q->n_registered + 1) * page_tokens <= q->n_computed; q->n_registered++) {
+    for (; s->prefix != NULL && (q->n_registered + 1) * page_tokens <= q->n_computed;
+         q->n_registered++) {
         uint32_t i = q->n_registered;
         const uint32_t *tokens = q->tokens + (size_t)i * page_tokens;
         q->keys[i + 1] = prefix_child(q->keys[i], tokens, page_tokens);
@@ -307,12 +347,8 @@ static void hand_out(choir_scheduler *s, uint32_t n_spans)
             continue;
         }
         q->n_computed += q->n_rows;
-        if (s->spans[i].sampler == NULL) {
-            register_pages(s, q);
-            continue;
-        }
         register_pages(s, q);
-        sequence_take_token(s, q, &s->spans[i].sample);
+        if (s->spans[i].sampler != NULL) sequence_take_token(s, q, &s->spans[i].sample);
     }
 }
 
@@ -329,15 +365,14 @@ static void publish(choir_scheduler *s, bool worked)
 {
     choir_scheduler_stats *t = &s->stats;
     bool runnable = false;
-    t->n_running = t->n_waiting = t->n_paused = 0;
-    for (uint32_t i = 0; i < s->n_live; i++) {
-        t->n_running += s->live[i]->state == SEQ_RUNNING;
-        t->n_waiting += s->live[i]->state == SEQ_WAITING;
-        t->n_paused += s->live[i]->state == SEQ_PAUSED;
-        runnable = runnable || s->live[i]->state != SEQ_PAUSED;
-    }
+    t->n_running = n_in_state(s, SEQ_RUNNING);
+    t->n_waiting = n_in_state(s, SEQ_WAITING);
+    t->n_paused = n_in_state(s, SEQ_PAUSED);
+    for (uint32_t i = 0; i < s->n_live; i++)
+        runnable = runnable || s->live[i]->of->blocked_since == 0;
     t->n_pages = s->pages.n;
     t->n_pages_free = s->pages.n_free;
+    t->n_pages_cached = s->pages.n_idle;
     if (worked || !runnable)
         atomic_store_explicit(&s->last_progress_ns, choir_clock_now(), memory_order_release);
     atomic_store_explicit(&s->busy, runnable, memory_order_release);
@@ -371,7 +406,6 @@ bool scheduler_tick(choir_scheduler *s)
                 request_end(s, s->span_of[i]->of, status, choir_error_message());
     }
     free_ended(s);
-    s->stats.n_pages_cached = s->prefix != NULL ? prefix_cache_n_idle(s->prefix) : 0;
     publish(s, n_spans > 0);
     return n_spans > 0;
 }
