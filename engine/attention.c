@@ -170,7 +170,7 @@ void choir_phase_attention(choir_engine *e, uint32_t l, uint32_t worker, uint32_
     const layer *w = &e->layers[l];
     uint32_t width = e->config.n_heads * e->config.head_dim;
 
-    choir_norm_rows(e, w->attn_norm, s->h, s->q8_h, worker, n_workers);
+    choir_norm_rows(e, w->attn_norm, &w->q, worker, n_workers);
     choir_workers_sync(e->workers);
 
     const product qkv[] = {{&w->q, s->q}, {&w->k, s->k}, {&w->v, s->v}};

@@ -68,7 +68,7 @@ static void open_experts(choir_engine *e, uint32_t l)
         CHOIR_ASSERT(status == CHOIR_OK);
         s->q8_in_at[x] = in_at;
         s->q8_ffn_at[x] = ffn_at;
-        in_at += (choir_acts_q8_bytes(n, e->config.hidden) + 63) & ~(size_t)63;
+        in_at += (choir_acts_q8_bytes(2 * n, e->config.hidden) + 63) & ~(size_t)63;
         ffn_at += (choir_acts_q8_bytes(2 * n, e->config.expert_hidden) + 63) & ~(size_t)63;
     }
     CHOIR_ASSERT(e->options.exact || (in_at <= s->q8_h_bytes && ffn_at <= s->q8_ffn_bytes));
@@ -87,9 +87,12 @@ static void gather(choir_engine *e, uint32_t worker, uint32_t n_workers)
     uint32_t hidden = e->config.hidden;
     uint64_t begin, end;
     choir_share((uint64_t)s->n_rows * s->plan->k, 1, worker, n_workers, &begin, &end);
-    for (uint64_t slot = begin; slot < end; slot++)
-        memcpy(s->slot_in + slot * hidden,
-               s->h + (size_t)(s->plan->slots[slot] / s->plan->k) * hidden, hidden * sizeof(float));
+    for (uint64_t slot = begin; slot < end; slot++) {
+        uint32_t of = s->plan->slots[slot], expert = s->plan->experts[of];
+        /* Behind the rows given twice of the experts before. */
+        memcpy(s->slot_in + (slot + s->plan->first[expert]) * hidden,
+               s->h + (size_t)(of / s->plan->k) * hidden, hidden * sizeof(float));
+    }
 }
 
 /* The worker's share of an expert's slots, as rows of that expert; false: none of them. */
@@ -112,11 +115,12 @@ static bool own_slots(const choir_engine *e, uint32_t expert, uint32_t worker, u
 static void quantize_inputs(choir_engine *e, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
-    uint32_t hidden = e->config.hidden, begin, end;
-    for (uint32_t x = 0; x < e->config.n_experts && !e->options.exact; x++)
+    uint32_t begin, end;
+    for (uint32_t x = 0; x < e->config.n_experts; x++)
         if (own_slots(e, x, worker, n_workers, &begin, &end))
-            e->kernels->quantize(s->slot_in + (size_t)s->plan->first[x] * hidden, hidden,
-                                 s->q8_h + s->q8_in_at[x], begin, end);
+            choir_quantize_twice(e, &s->pinned[x]->gate,
+                                 s->slot_in + (size_t)2 * s->plan->first[x] * e->config.hidden,
+                                 n_slots_of(s->plan, x), s->q8_h + s->q8_in_at[x], begin, end);
 }
 
 /* The same for the inputs of their last products. */
@@ -139,8 +143,8 @@ static void gate_and_up(choir_engine *e, const choir_expert *expert, const choir
     uint32_t ffn = expert->gate.rows;
     choir_share(ffn, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
     if (begin == end) return;
-    e->kernels->matmul(&expert->gate, in, gate, ffn, (uint32_t)begin, (uint32_t)end);
-    e->kernels->matmul(&expert->up, in, up, ffn, (uint32_t)begin, (uint32_t)end);
+    choir_multiply_twice(e, &expert->gate, in, gate, (uint32_t)begin, (uint32_t)end);
+    choir_multiply_twice(e, &expert->up, in, up, (uint32_t)begin, (uint32_t)end);
     for (size_t i = 0; i < in->n_rows; i++)
         e->kernels->silu_mul(gate + i * ffn + begin, up + i * ffn + begin, (uint32_t)(end - begin),
                              gate + i * ffn + begin);
@@ -186,9 +190,9 @@ static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
     for (uint32_t x = 0; x < n; x++) {
         if (s->pinned[x] == NULL) continue;
         size_t first = s->plan->first[x];
-        const choir_acts in = {s->slot_in + first * hidden, s->q8_h + s->q8_in_at[x],
+        const choir_acts in = {s->slot_in + 2 * first * hidden, s->q8_h + s->q8_in_at[x],
                                n_slots_of(s->plan, x), hidden};
-        gate_and_up(e, s->pinned[x], &in, s->gate + 2 * first * ffn, s->up + first * ffn, worker,
+        gate_and_up(e, s->pinned[x], &in, s->gate + 2 * first * ffn, s->up + 2 * first * ffn, worker,
                     n_workers);
     }
     choir_workers_sync(e->workers);
@@ -206,10 +210,6 @@ static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_w
 {
     step *s = &e->step;
     uint32_t ffn = e->config.ffn_hidden;
-    if (worker == 0) {
-        choir_status status = choir_experts_pin(e->experts, l, 0, &s->pinned[0]);
-        CHOIR_ASSERT(status == CHOIR_OK);
-    }
     choir_workers_sync(e->workers);
 
     const choir_acts in = {s->h, s->q8_h, s->n_rows, e->config.hidden};
@@ -228,12 +228,22 @@ static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_w
     if (worker == 0) choir_experts_unpin(e->experts, l, 0);
 }
 
+/* A dense layer's only expert is pinned by worker 0 before anyone needs it. */
+static void open_dense(choir_engine *e, uint32_t l, uint32_t worker)
+{
+    if (worker == 0) {
+        choir_status status = choir_experts_pin(e->experts, l, 0, &e->step.pinned[0]);
+        CHOIR_ASSERT(status == CHOIR_OK);
+    }
+    choir_workers_sync(e->workers);
+}
+
 void choir_phase_ffn(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
-    step *s = &e->step;
     bool moe = is_moe(e, l);
+    if (!moe) open_dense(e, l, worker);
     /* An MoE layer quantises its slots after routing, so only a dense one quantises rows here. */
-    choir_norm_rows(e, e->layers[l].ffn_norm, s->h, moe ? NULL : s->q8_h, worker, n_workers);
+    choir_norm_rows(e, e->layers[l].ffn_norm, moe ? NULL : &e->step.pinned[0]->gate, worker, n_workers);
     copy_taps(e, l, worker, n_workers);
     if (moe)
         run_experts(e, l, worker, n_workers);

@@ -2,7 +2,7 @@
  * bits do not depend on the number of workers. */
 #include "engine/state.h"
 
-void choir_norm_rows(choir_engine *e, const float *weight, float *h, uint8_t *q8, uint32_t worker,
+void choir_norm_rows(choir_engine *e, const float *weight, const choir_matrix *next, uint32_t worker,
                      uint32_t n_workers)
 {
     step *s = &e->step;
@@ -10,9 +10,9 @@ void choir_norm_rows(choir_engine *e, const float *weight, float *h, uint8_t *q8
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
     for (uint64_t i = begin; i < end; i++)
-        e->kernels->rms_norm(s->x + i * hidden, weight, e->config.norm_eps, hidden, h + i * hidden);
-    if (q8 != NULL && begin < end)
-        e->kernels->quantize(h, hidden, q8, (uint32_t)begin, (uint32_t)end);
+        e->kernels->rms_norm(s->x + i * hidden, weight, e->config.norm_eps, hidden, s->h + i * hidden);
+    if (next != NULL)
+        choir_quantize_twice(e, next, s->h, s->n_rows, s->q8_h, (uint32_t)begin, (uint32_t)end);
 }
 
 static bool is_quantised(const choir_matrix *w)
@@ -47,8 +47,8 @@ void choir_multiply(const choir_engine *e, const product *products, uint32_t n_p
         if (last > n) last = n;
         if (first < last) {
             uint64_t stop = last * CHOIR_PACK_ROWS;
-            e->kernels->matmul(m, acts, products[i].y, m->rows, (uint32_t)first * CHOIR_PACK_ROWS,
-                               stop < m->rows ? (uint32_t)stop : m->rows);
+            choir_multiply_twice(e, m, acts, products[i].y, (uint32_t)first * CHOIR_PACK_ROWS,
+                                 stop < m->rows ? (uint32_t)stop : m->rows);
         }
         at += n;
     }

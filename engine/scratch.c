@@ -33,9 +33,9 @@ static void carve_rows(choir_engine *e, carver *c)
     s->h = carve(c, 2 * n * m->hidden, sizeof(float));
     s->cos = carve(c, n * half, sizeof(float));
     s->sin = carve(c, n * half, sizeof(float));
-    s->q = carve(c, n * q_width, sizeof(float));
-    s->k = carve(c, n * kv_width, sizeof(float));
-    s->v = carve(c, n * kv_width, sizeof(float));
+    s->q = carve(c, 2 * n * q_width, sizeof(float));
+    s->k = carve(c, 2 * n * kv_width, sizeof(float));
+    s->v = carve(c, 2 * n * kv_width, sizeof(float));
     s->att = carve(c, 2 * n * q_width, sizeof(float));
     s->q8_att = carve(c, 1, choir_acts_q8_bytes((uint32_t)(2 * n), (uint32_t)q_width));
     size_t head_rows = n < HEAD_ROWS ? n : HEAD_ROWS;
@@ -52,10 +52,8 @@ static void carve_slots(choir_engine *e, carver *c)
     uint32_t ffn = (uint32_t)max_of(m->ffn_hidden, m->expert_hidden);
     uint32_t padded = (uint32_t)(n_slots + (m->n_experts > 0 ? 16 * n_experts : 0));
     s->gate = carve(c, 2 * n_slots * ffn, sizeof(float));
-    s->up = carve(c, n_slots * ffn, sizeof(float));
-    uint32_t head_rows = (uint32_t)(2 * (n < HEAD_ROWS ? n : HEAD_ROWS));
-    s->q8_h_bytes = choir_acts_q8_bytes(padded > head_rows ? padded : head_rows, m->hidden) +
-                    64 * n_experts;
+    s->up = carve(c, 2 * n_slots * ffn, sizeof(float));
+    s->q8_h_bytes = choir_acts_q8_bytes(2 * padded, m->hidden) + 64 * n_experts;
     s->q8_ffn_bytes = choir_acts_q8_bytes(2 * padded, ffn) + 64 * n_experts;
     s->q8_h = carve(c, 1, s->q8_h_bytes);
     s->q8_ffn = carve(c, 1, s->q8_ffn_bytes);
@@ -64,7 +62,7 @@ static void carve_slots(choir_engine *e, carver *c)
     s->pinned = carve(c, n_experts, sizeof *s->pinned);
     if (m->n_experts == 0) return;
     s->router_logits = carve(c, n * m->n_experts, sizeof(float));
-    s->slot_in = carve(c, n_slots * m->hidden, sizeof(float));
+    s->slot_in = carve(c, 2 * n_slots * m->hidden, sizeof(float));
     s->slot_out = carve(c, 2 * n_slots * m->hidden, sizeof(float));
 }
 

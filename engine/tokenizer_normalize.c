@@ -43,28 +43,51 @@ typedef struct decomposition {
     size_t n;
 } decomposition;
 
+static size_t decompose_one(uint32_t c, int options, utf8proc_int32_t *out, size_t room)
+{
+    int boundary = 0;
+    if (!choir_unicode_formless(c))
+        return (size_t)utf8proc_decompose_char((utf8proc_int32_t)c, out, (utf8proc_ssize_t)room,
+                                               (utf8proc_option_t)options, &boundary);
+    if (room > 0) out[0] = (utf8proc_int32_t)c;
+    return 1;
+}
+
+/* Composes what lies between characters that the reference does not know to combine. */
+static void compose(decomposition *d)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < d->n;) {
+        size_t begin = i;
+        while (i < d->n && !choir_unicode_formless((uint32_t)d->c[i])) i++;
+        if (i > begin) {
+            size_t made = (size_t)utf8proc_normalize_utf32(
+                d->c + begin, (utf8proc_ssize_t)(i - begin), UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+            memmove(d->c + n, d->c + begin, made * sizeof *d->c);
+            n += made;
+        }
+        if (i < d->n) d->c[n++] = d->c[i++];
+    }
+    d->n = n;
+}
+
 static choir_status decompose(const char *text, size_t bytes, int options, decomposition *d)
 {
     size_t most = 0;
-    int boundary = 0;
-    utf8proc_int32_t one[64];
-    for (size_t at = 0; at < bytes;) {
-        utf8proc_int32_t c = (utf8proc_int32_t)choir_utf8_next(text, &at);
-        most += (size_t)utf8proc_decompose_char(c, one, 64, (utf8proc_option_t)options, &boundary);
-    }
+    for (size_t at = 0; at < bytes;)
+        most += decompose_one(choir_utf8_next(text, &at), options, NULL, 0);
     d->c = choir_alloc(CHOIR_MEM_TOKENIZER, (most + 1) * 2 * sizeof *d->c);
     d->class = choir_alloc(CHOIR_MEM_TOKENIZER, (most + 1) * 2);
     if (d->c == NULL || d->class == NULL)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory to normalise %zu bytes", bytes);
     d->spare = d->c + most + 1;
     d->spare_class = d->class + most + 1;
-    for (size_t at = 0; at < bytes;) {
-        utf8proc_int32_t c = (utf8proc_int32_t)choir_utf8_next(text, &at);
-        d->n += (size_t)utf8proc_decompose_char(c, d->c + d->n, (utf8proc_ssize_t)(most - d->n),
-                                                (utf8proc_option_t)options, &boundary);
-    }
+    for (size_t at = 0; at < bytes;)
+        d->n += decompose_one(choir_utf8_next(text, &at), options, d->c + d->n, most - d->n);
     for (size_t i = 0; i < d->n; i++)
-        d->class[i] = (uint8_t)utf8proc_get_property(d->c[i])->combining_class;
+        d->class[i] = choir_unicode_formless((uint32_t)d->c[i])
+                          ? 0
+                          : (uint8_t)utf8proc_get_property(d->c[i])->combining_class;
     for (size_t i = 0; i < d->n;) {
         size_t begin = i;
         while (i < d->n && d->class[i] != 0) i++;
@@ -86,9 +109,7 @@ static choir_status to_form(choir_normal_kind kind, const char *text, size_t byt
     int options = UTF8PROC_STABLE | UTF8PROC_DECOMPOSE | (compatible ? UTF8PROC_COMPAT : 0);
     decomposition d = {0};
     choir_status status = decompose(text, bytes, options, &d);
-    if (status == CHOIR_OK && composed)
-        d.n = (size_t)utf8proc_normalize_utf32(d.c, (utf8proc_ssize_t)d.n,
-                                               UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+    if (status == CHOIR_OK && composed) compose(&d);
     if (status == CHOIR_OK) status = choir_bytes_reserve(out, 4 * d.n);
     for (size_t i = 0; status == CHOIR_OK && i < d.n; i++)
         out->n += choir_utf8_put((uint32_t)d.c[i], out->data + out->n);
@@ -108,8 +129,7 @@ static choir_status lowercase(const char *text, size_t bytes, choir_bytes *out)
             continue;
         }
         CHOIR_TRY(choir_bytes_reserve(out, 4));
-        out->n +=
-            choir_utf8_put((uint32_t)utf8proc_tolower((utf8proc_int32_t)c), out->data + out->n);
+        out->n += choir_utf8_put(choir_unicode_lower(c), out->data + out->n);
     }
     return CHOIR_OK;
 }

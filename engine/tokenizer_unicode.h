@@ -53,9 +53,11 @@ size_t choir_utf8_broken(const char *text, size_t bytes, bool *partial);
 
 bool choir_unicode_space(uint32_t code_point);       /* White_Space */
 bool choir_unicode_numeric(uint32_t code_point);     /* Nd, Nl, No */
-bool choir_unicode_punctuation(uint32_t code_point); /* ASCII's, and P* */
-bool choir_unicode_mark(uint32_t code_point);        /* Mn, Mc, Me */
-bool choir_unicode_word(uint32_t code_point);        /* Alphabetic, M*, Nd, Pc, joiners */
+bool choir_unicode_punctuation(uint32_t code_point); /* ASCII's, and P* as the reference has it */
+bool choir_unicode_mark(uint32_t code_point);        /* Mn, Mc, Me as the reference has them */
+bool choir_unicode_formless(uint32_t code_point);  /* left alone by the reference's normal forms */
+uint32_t choir_unicode_lower(uint32_t code_point); /* but for U+0130, whose lower case is two */
+bool choir_unicode_word(uint32_t code_point);      /* Alphabetic, M*, Nd, Pc, joiners */
 
 /* Characters assigned after Unicode 14, which the system's PCRE2 and utf8proc may not know. */
 typedef struct choir_unicode_range {
