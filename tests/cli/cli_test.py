@@ -71,7 +71,8 @@ class Usage(Case):
             self.assertIn("example:", page)
             self.assertIn(f"choir {verb}", page)
             self.assertTrue(all(len(line) < 160 for line in page.splitlines()))
-            self.assertIn(".SH OPTIONS", self.ok("help", "--man", verb))
+            self.assertEqual(self.ok("help", "--man", verb), pathlib.Path(f"docs/man/choir-{verb}.1").read_text(),
+                             "run scripts/man CHOIR")
         self.assertRegex(self.ok("--version"), r"^choir \d+\.\d+\.\d+\n$")
 
     def test_wrong_usage_is_2(self):
@@ -245,6 +246,29 @@ class Generate(Case):
         self.fails(1, "top_p", "generate", self.dense, "-p", "x", "--top-p", "0")
         self.fails(1, "4096", "generate", self.dense, "-p", "-", input="x" * 5000)
         self.fails(1, "no tokens|at least|empty|0 tokens", "generate", self.dense, "-p", "")
+
+
+class Upcycle(Case):
+    def test_wrong_usage(self):
+        expert = ["--expert", "a=x"]
+        self.fails(2, "-o OUT is missing", "upcycle", self.dense, *expert)
+        self.fails(2, "--expert NAME=DIR is missing", "upcycle", self.dense, "-o", "x")
+        self.fails(2, "--expert is 'a', must be NAME=DIR", "upcycle", self.dense, "-o", "x", "--expert", "a")
+        self.fails(2, "hidden or uniform", "upcycle", self.dense, "-o", "x", *expert, "--gate-init", "y")
+        self.fails(2, "q8_0, q4_1", "upcycle", self.dense, "-o", "x", *expert, "--quant", "q3")
+        self.fails(1, "no sample text for 'a'", "upcycle", self.dense, "-o", "x.gguf", *expert)
+
+    def test_uniform_gates_on_equal_experts_change_nothing(self):
+        adapter, out = self.folder / "adapter", self.folder / "up"
+        tiny_model.write_adapter(adapter, scale=0)
+        self.ok("upcycle", self.dense, "--expert", f"a={adapter}", "--gate-init", "uniform", "--quant", "f32",
+                "-o", out)
+        self.assertEqual(json.loads(self.ok("info", out, "--json"))["experts"], 2)
+        before, after = (json.loads(self.ok("logits", m, "--tokens", "5,7,9", "--exact"))["top"]
+                         for m in (self.dense, out))
+        self.assertEqual([t["token"] for t in before], [t["token"] for t in after])
+        for a, b in zip(before, after):
+            self.assertAlmostEqual(a["logit"], b["logit"], places=4)
 
 
 class Serve(Case):

@@ -61,6 +61,34 @@ def tensors(vocab, experts):
             yield at + f"block_sparse_moe.experts.{e}.w2.weight", (HIDDEN, FFN)
 
 
+def write_tensors(path, named):
+    """A safetensors file of f32 tensors: (name, shape, values)."""
+    header, data = {}, bytearray()
+    for name, shape, values in named:
+        raw = struct.pack(f"<{len(values)}f", *values)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def write_adapter(folder, scale=1.0, rank=2):
+    """A LoRA adapter on the MLP; scale 0 changes nothing."""
+    folder.mkdir()
+    chance = random.Random(9)
+    named = []
+    for i in range(LAYERS):
+        for part, n_in, n_out in (("gate_proj", HIDDEN, FFN), ("up_proj", HIDDEN, FFN), ("down_proj", FFN, HIDDEN)):
+            at = f"base_model.model.model.layers.{i}.mlp.{part}.lora_"
+            named.append((at + "A.weight", (rank, n_in), [chance.gauss(0, 0.1) for _ in range(rank * n_in)]))
+            named.append((at + "B.weight", (n_out, rank), [scale * chance.gauss(0, 0.1) for _ in range(rank * n_out)]))
+    write_tensors(folder / "adapter_model.safetensors", named)
+    (folder / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none",
+         "target_modules": ["gate_proj", "up_proj", "down_proj"], "base_model_name_or_path": "tiny"}))
+
+
 def write(folder, experts=0, context=4096):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True)
@@ -77,15 +105,11 @@ def write(folder, experts=0, context=4096):
     if experts:
         config |= {"num_local_experts": experts, "num_experts_per_tok": 2}
     chance = random.Random(5)
-    header, data = {}, bytearray()
+    named = []
     for name, shape in tensors(vocab, experts):
         n = shape[0] * (shape[1] if len(shape) == 2 else 1)
-        values = [1.0] * n if len(shape) == 1 else [chance.gauss(0, 0.25) for _ in range(n)]
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [len(data), len(data) + 4 * n]}
-        data += struct.pack(f"<{n}f", *values)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+        named.append((name, shape, [1.0] * n if len(shape) == 1 else [chance.gauss(0, 0.25) for _ in range(n)]))
+    write_tensors(folder / "model.safetensors", named)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(json.dumps(words))
     (folder / "tokenizer_config.json").write_text(json.dumps(
