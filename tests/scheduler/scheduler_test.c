@@ -1,7 +1,7 @@
-/* The scheduler over a simulated engine with a fake clock: every request gets the tokens it gets alone,
- * whoever runs beside it; whatever happens, pages and requests come back. FAULTS 12 to 16, 26 to 29. */
-#include "scheduler/state.h"
-#include "tests/scheduler/simulated_engine.h"
+/* The scheduler over a simulated engine with a fake clock: every request gets the tokens it gets
+ * alone, whoever runs beside it; whatever happens, pages and requests come back. FAULTS 12 to 16,
+ * 26 to 29. */
+#include "tests/scheduler/world.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -11,119 +11,13 @@
 
 #include <cmocka.h>
 
-enum { MAX_TOKENS = 256 };
-
-static uint64_t fake_now;
-static uint64_t read_clock(void *user)
-{
-    (void)user;
-    return fake_now;
-}
-
-static uint64_t random_state;
-static uint32_t pick(uint32_t n)
-{
-    random_state = random_state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-    return (uint32_t)(random_state >> 33) % n;
-}
-
-typedef struct world {
-    simulated_engine *engine;
-    choir_scheduler *scheduler;
-} world;
-
-static world make_world(uint32_t n_pages, choir_scheduler_options options)
-{
-    world w = {.engine = simulated_engine_create(n_pages)};
-    const choir_step_engine step = simulated_step_engine(w.engine);
-    options.manual = true;
-    assert_int_equal(choir_scheduler_create(&step, &options, &w.scheduler), CHOIR_OK);
-    return w;
-}
-
-static choir_scheduler_options small_options(void)
-{
-    choir_scheduler_options o = CHOIR_SCHEDULER_OPTIONS_DEFAULT;
-    o.max_sequences = 8;
-    o.max_step_tokens = 24;
-    o.max_queued = 16;
-    return o;
-}
-
-/* Everything is back: only the prefix cache holds pages. */
-static void assert_quiet(world *w)
-{
-    choir_scheduler_stats stats;
-    choir_scheduler_tick(w->scheduler);
-    choir_scheduler_get_stats(w->scheduler, &stats);
-    assert_int_equal(stats.n_running + stats.n_waiting + stats.n_paused, 0);
-    assert_int_equal(stats.n_pages_free + stats.n_pages_cached, stats.n_pages);
-    assert_true(choir_scheduler_idle(w->scheduler));
-    assert_true(stats.healthy);
-}
-
-static void end_world(world *w)
-{
-    choir_scheduler_destroy(w->scheduler);
-    simulated_engine_destroy(w->engine);
-}
-
-typedef struct answer {
-    uint32_t tokens[4][MAX_TOKENS], n[4];
-    choir_status status;
-    bool done;
-    choir_usage usage;
-    choir_finish finish[4];
-} answer;
-
-/* Reads what is there. True once DONE has come. */
-static bool drain(choir_stream *stream, answer *a)
-{
-    choir_event e;
-    while (!a->done && choir_stream_next(stream, &e)) {
-        if (e.kind == CHOIR_EVENT_DELTA)
-            for (uint32_t i = 0; i < e.n_tokens; i++) a->tokens[e.index][a->n[e.index]++] = e.tokens[i];
-        if (e.kind != CHOIR_EVENT_DONE) continue;
-        a->done = true;
-        a->status = e.status;
-        a->usage = e.usage;
-        if (e.n_finish > 0) memcpy(a->finish, e.finish, (e.n_finish < 4 ? e.n_finish : 4) * sizeof *e.finish);
-    }
-    return a->done;
-}
-
-static choir_request plain_request(const uint32_t *tokens, size_t n, uint32_t max_tokens, uint64_t seed)
-{
-    choir_request r = {.id = "test", .tokens = tokens, .n_tokens = n, .max_tokens = max_tokens, .n = 1,
-                       .sampling = CHOIR_SAMPLING_DEFAULT};
-    r.sampling.seed = seed;
-    return r;
-}
-
-static answer run_alone(const choir_request *asked)
-{
-    choir_scheduler_options o = small_options();
-    o.prefix_cache = false;
-    world w = make_world(128, o);
-    answer a = {0};
-    choir_stream *stream;
-    choir_request r = *asked;
-    r.deadline_ns = 0;
-    assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &stream), CHOIR_OK);
-    while (!drain(stream, &a)) choir_scheduler_tick(w.scheduler);
-    choir_stream_release(stream);
-    assert_quiet(&w);
-    end_world(&w);
-    return a;
-}
-
 static void test_one_request(void **state)
 {
     (void)state;
     const uint32_t tokens[] = {5, 6, 7, 8, 9, 10, 11};
     choir_request r = plain_request(tokens, 7, 20, 1);
     r.ignore_eos = true;
-    answer a = run_alone(&r), b = run_alone(&r);
+    answer a = run_alone(&r, NULL), b = run_alone(&r, NULL);
     assert_int_equal(a.status, CHOIR_OK);
     assert_int_equal(a.n[0], 20);
     assert_int_equal(a.finish[0], CHOIR_FINISH_LENGTH);
@@ -144,7 +38,8 @@ static void test_refusals(void **state)
         assert_true(strlen(choir_error_message()) > 10);                                           \
     } while (0)
     REFUSED(CHOIR_E_INVALID, r.n_tokens = 0);
-    REFUSED(CHOIR_E_INVALID, r.n_tokens = 128); /* 32 pages of 4 hold 128, the answer needs one more */
+    REFUSED(CHOIR_E_INVALID,
+            r.n_tokens = 128); /* 32 pages of 4 hold 128, the answer needs one more */
     REFUSED(CHOIR_E_INVALID, r.tokens = &bad; r.n_tokens = 1);
     REFUSED(CHOIR_E_INVALID, r.n = 0);
     REFUSED(CHOIR_E_INVALID, r.n = 65);
@@ -190,7 +85,7 @@ static void test_prefix_cache(void **state)
         choir_request r = plain_request(tokens, 30, 5, 9);
         r.cache_salt = i == 2;
         r.ignore_eos = true;
-        answer a = {0}, alone = run_alone(&r);
+        answer a = {0}, alone = run_alone(&r, NULL);
         choir_stream *stream;
         assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &stream), CHOIR_OK);
         while (!drain(stream, &a)) choir_scheduler_tick(w.scheduler);
@@ -288,7 +183,8 @@ static void test_watchdog(void **state)
     end_world(&w);
 }
 
-/* FAULTS 12: the slow one pauses, the other finishes; after slow_reader_ms the slow one is ended. */
+/* FAULTS 12: the slow one pauses, the other finishes; after slow_reader_ms the slow one is ended.
+ */
 static void test_slow_reader(void **state)
 {
     (void)state;
@@ -326,7 +222,8 @@ static void test_warm_ticks_allocate_nothing(void **state)
     for (uint32_t i = 0; i < 4; i++) {
         choir_request r = plain_request(tokens, 3, 120, i);
         r.ignore_eos = true;
-        assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &streams[i]), CHOIR_OK);
+        assert_int_equal(choir_scheduler_submit(w.scheduler, &r, NULL, NULL, &streams[i]),
+                         CHOIR_OK);
     }
     for (int i = 0; i < 10; i++) choir_scheduler_tick(w.scheduler);
     uint64_t before = choir_memory_n_allocs();
@@ -337,9 +234,10 @@ static void test_warm_ticks_allocate_nothing(void **state)
     end_world(&w);
 }
 
-/* -- the simulation ------------------------------------------------------------------------------- */
+/* -- the simulation -------------------------------------------------------------------------------
+ */
 
-enum { N_SLOTS = 24 };
+enum { N_SLOTS = 24, POISON = 60 };
 
 typedef struct client {
     bool busy, reads, will_cancel;
@@ -356,6 +254,7 @@ static void start_client(world *w, client *c, const uint32_t *common)
     uint32_t n = 1 + pick(40), shared = pick(3) > 0 ? pick(n) : 0;
     for (uint32_t i = 0; i < n; i++) c->tokens[i] = i < shared ? common[i] : 4 + pick(50);
     c->request = plain_request(c->tokens, n, 1 + pick(40), pick(1000));
+    if (pick(20) == 0) c->tokens[pick(n)] = POISON;
     c->request.n = pick(6) == 0 ? 1 + pick(3) : 1;
     c->request.priority = (int32_t)pick(3) - 1;
     c->request.cache_salt = pick(2);
@@ -376,15 +275,24 @@ static void start_client(world *w, client *c, const uint32_t *common)
 static void check_answer(const client *c)
 {
     const answer *a = &c->got;
+    if (a->status == CHOIR_E_DATA_LOSS) { /* only with the poisonous token in its history */
+        bool poisoned = false;
+        for (size_t i = 0; i < c->request.n_tokens; i++) poisoned |= c->tokens[i] == POISON;
+        for (uint32_t i = 0; i < c->request.n; i++)
+            for (uint32_t t = 0; t < a->n[i]; t++) poisoned |= a->tokens[i][t] == POISON;
+        assert_true(poisoned);
+        return;
+    }
     if (a->status != CHOIR_OK) {
         bool expected = (a->status == CHOIR_E_CANCELLED && (c->will_cancel || !c->reads)) ||
-                        (a->status == CHOIR_E_DEADLINE && c->request.deadline_ns != 0);
+                        (a->status == CHOIR_E_DEADLINE && c->request.deadline_ns != 0) ||
+                        a->status == CHOIR_E_NO_MEMORY;
         if (!expected) fail_msg("a request ended with %s", choir_status_text(a->status));
         return;
     }
     choir_request r = c->request;
     r.tokens = c->tokens;
-    answer alone = run_alone(&r);
+    answer alone = run_alone(&r, NULL);
     for (uint32_t i = 0; i < r.n; i++) {
         assert_int_equal(a->n[i], alone.n[i]);
         assert_memory_equal(a->tokens[i], alone.tokens[i], a->n[i] * sizeof(uint32_t));
@@ -393,8 +301,10 @@ static void check_answer(const client *c)
 
 static void simulate(uint64_t seed, uint32_t n_pages, uint32_t n_rounds, uint64_t *n_preempted)
 {
-    random_state = seed;
+    seed_random(seed);
     world w = make_world(n_pages, small_options());
+    w.engine->poison = POISON;
+    if (seed % 2 == 0) w.scheduler->options.outbox_bytes = 2048; /* readers are often too slow */
     static client clients[N_SLOTS];
     memset(clients, 0, sizeof clients);
     uint32_t common[64];
@@ -415,7 +325,9 @@ static void simulate(uint64_t seed, uint32_t n_pages, uint32_t n_rounds, uint64_
         }
         if (!any && round >= n_rounds) break;
         fake_now += pick(3) * CHOIR_MS;
+        if (pick(16) == 0) choir_memory_fail_at(1 + pick(3));
         choir_scheduler_tick(w.scheduler);
+        choir_memory_fail_at(0);
         assert_true(round < n_rounds + 20000); /* nobody starves */
     }
     choir_scheduler_stats stats;
@@ -425,11 +337,13 @@ static void simulate(uint64_t seed, uint32_t n_pages, uint32_t n_rounds, uint64_
     end_world(&w);
 }
 
+static uint64_t n_seeds = 40; /* the first argument, for long runs by hand */
+
 static void test_simulation(void **state)
 {
     (void)state;
     uint64_t n_preempted = 0;
-    for (uint64_t seed = 1; seed <= 12; seed++) {
+    for (uint64_t seed = 1; seed <= n_seeds; seed++) {
         print_message("seed %llu\n", (unsigned long long)seed);
         simulate(seed, seed % 3 == 0 ? 400 : 24, 300, &n_preempted);
     }
@@ -437,16 +351,9 @@ static void test_simulation(void **state)
     assert_true(n_preempted > 20);
 }
 
-static int use_fake_clock(void **state)
+int main(int argc, char **argv)
 {
-    (void)state;
-    fake_now = 1000 * CHOIR_SECOND;
-    choir_clock_replace(read_clock, NULL);
-    return 0;
-}
-
-int main(void)
-{
+    if (argc > 1) n_seeds = strtoull(argv[1], NULL, 10);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_one_request),
         cmocka_unit_test(test_refusals),

@@ -9,8 +9,9 @@ enum { PAGE_TOKENS = 4, VOCAB = 64, MAX_ROWS = 64, MAX_SPANS = 16 };
 simulated_engine *simulated_engine_create(uint32_t n_pages)
 {
     simulated_engine *e = calloc(1, sizeof *e);
-    *e = (simulated_engine){n_pages, PAGE_TOKENS, VOCAB, MAX_ROWS, MAX_SPANS,
-                            calloc((size_t)n_pages * PAGE_TOKENS, sizeof(uint32_t))};
+    *e = (simulated_engine){n_pages,   PAGE_TOKENS,
+                            VOCAB,     MAX_ROWS,
+                            MAX_SPANS, calloc((size_t)n_pages * PAGE_TOKENS, sizeof(uint32_t))};
     return e;
 }
 
@@ -41,7 +42,8 @@ static void run_span(simulated_engine *e, choir_span *span)
     uint64_t h = 1;
     bool poisoned = false;
     for (uint32_t at = 0; at < span->position + span->n_tokens; at++) {
-        uint32_t kv = e->kv[span->pages[at / e->page_tokens] * e->page_tokens + at % e->page_tokens];
+        uint32_t kv =
+            e->kv[span->pages[at / e->page_tokens] * e->page_tokens + at % e->page_tokens];
         CHOIR_ASSERT(kv != 0); /* a position that nobody has computed */
         poisoned = poisoned || (e->poison != 0 && kv == e->poison + 1);
         h = mix(h, kv);
@@ -59,8 +61,13 @@ static choir_status step(void *engine, choir_span *spans, uint32_t n_spans)
     simulated_engine *e = engine;
     uint32_t rows = 0;
     if (e->before_step != NULL) e->before_step(e->user);
+    if (e->fail_steps > 0) {
+        e->fail_steps--;
+        return choir_fail(CHOIR_E_INTERNAL, "a step failed on demand");
+    }
     CHOIR_ASSERT(n_spans > 0 && n_spans <= e->max_spans);
-    /* Rule 2 of kv_pages.h: no page is written by one span and touched by another in the same step. */
+    /* Rule 2 of kv_pages.h: no page is written by one span and touched by another in the same step.
+     */
     for (uint32_t i = 0; i < n_spans; i++)
         for (uint32_t p = spans[i].position / e->page_tokens; p < spans[i].n_pages; p++)
             for (uint32_t j = 0; j < n_spans; j++)

@@ -1,5 +1,6 @@
-/* An engine without a model: its KV is the tokens themselves, written into pages, and its logits are a hash
- * of the history that the page table shows. A wrong page, a stale one or a wrong order changes the tokens. */
+/* An engine without a model: its KV is the tokens themselves, written into pages, and its logits
+ * are a hash of the history that the page table shows. A wrong page, a stale one or a wrong order
+ * changes the tokens. */
 #pragma once
 #include "scheduler/scheduler.h"
 
@@ -7,7 +8,8 @@ typedef struct simulated_engine {
     uint32_t n_pages, page_tokens, vocab, max_rows, max_spans;
     uint32_t *kv; /* [n_pages, page_tokens] token + 1; 0: never written */
     uint64_t n_steps, n_tokens;
-    uint64_t poison; /* a history that holds this token gives NaN logits; 0: off */
+    uint64_t poison;     /* a history that holds this token gives NaN logits; 0: off */
+    uint32_t fail_steps; /* so many steps fail whole */
     void (*before_step)(void *user);
     void *user;
 } simulated_engine;
