@@ -23,9 +23,9 @@ typedef struct reader {
 
 /* What changes an adapter's meaning in ways that a merge into W does not know. */
 static const char *const must_be_off[] = {
-    "use_dora",        "lora_bias",     "fan_in_fan_out",         "modules_to_save",
-    "use_qalora",      "use_bdlora",    "layer_replication",      "target_parameters",
-    "arrow_config",    "monteclora_config", "alora_invocation_tokens", "trainable_token_indices",
+    "use_dora",      "lora_bias",         "fan_in_fan_out",          "modules_to_save",
+    "use_qalora",    "use_bdlora",        "layer_replication",       "target_parameters",
+    "arrow_config",  "monteclora_config", "alora_invocation_tokens", "trainable_token_indices",
     "velora_config",
 };
 
@@ -53,8 +53,8 @@ static choir_status check_config(const reader *r)
     return CHOIR_OK;
 }
 
-/* rank_pattern and alpha_pattern: a key fits a module whose name it is, or ends with after a dot. PEFT
- * reads keys as regular expressions; plain names are what its users write. */
+/* rank_pattern and alpha_pattern: a key fits a module whose name it is, or ends with after a dot.
+ * PEFT reads keys as regular expressions; plain names are what its users write. */
 static bool pattern_fits(const char *key, const char *module)
 {
     size_t n = strlen(key), m = strlen(module);
@@ -94,11 +94,12 @@ static choir_status read_matrix(const reader *r, const choir_safetensor *t, uint
 {
     if (!t->readable)
         return choir_fail(CHOIR_E_UNIMPLEMENTED,
-                          "%s: tensor '%s' has type %.20s; Choir reads F32, F16 and BF16", r->folder,
-                          t->name, t->type);
+                          "%s: tensor '%s' has type %.20s; Choir reads F32, F16 and BF16",
+                          r->folder, t->name, t->type);
     if (t->n_dims != 2 || t->dims[0] != rows || t->dims[1] != cols)
         return choir_fail(CHOIR_E_INVALID,
-                          "%s: tensor '%s' is [%" PRIu64 ", %" PRIu64 "] of %u dimensions, the base "
+                          "%s: tensor '%s' is [%" PRIu64 ", %" PRIu64
+                          "] of %u dimensions, the base "
                           "model wants [%u, %u]",
                           r->folder, t->name, t->n_dims > 0 ? t->dims[0] : 0,
                           t->n_dims > 1 ? t->dims[1] : 0, t->n_dims, rows, cols);
@@ -144,19 +145,20 @@ static choir_status refuse_tensor(const reader *r, const char *name)
 {
     if (strstr(name, "lora_magnitude_vector") != NULL)
         return choir_fail(CHOIR_E_UNIMPLEMENTED,
-                          "%s: tensor '%.200s' belongs to DoRA, which Choir does not merge", r->folder,
-                          name);
-    return choir_fail(CHOIR_E_INVALID,
-                      "%s: tensor '%.200s' is none of gate_proj, up_proj and down_proj of the base's "
-                      "%u layers, which is all that an expert can take over",
-                      r->folder, name, r->base->n_layers);
+                          "%s: tensor '%.200s' belongs to DoRA, which Choir does not merge",
+                          r->folder, name);
+    return choir_fail(
+        CHOIR_E_INVALID,
+        "%s: tensor '%.200s' is none of gate_proj, up_proj and down_proj of the base's "
+        "%u layers, which is all that an expert can take over",
+        r->folder, name, r->base->n_layers);
 }
 
 static choir_status read_lora(const reader *r, const choir_safetensor *a, place where)
 {
     char name[160], module[96];
-    snprintf(name, sizeof name, "base_model.model.model.layers.%u.mlp.%s.lora_B.weight", where.layer,
-             part_names[where.part]);
+    snprintf(name, sizeof name, "base_model.model.model.layers.%u.mlp.%s.lora_B.weight",
+             where.layer, part_names[where.part]);
     snprintf(module, sizeof module, "model.layers.%u.mlp.%s", where.layer, part_names[where.part]);
     const choir_safetensor *b = choir_safetensors_find(r->file, name);
     if (b == NULL)
@@ -171,8 +173,7 @@ static choir_status read_lora(const reader *r, const choir_safetensor *a, place 
         return choir_fail(CHOIR_E_INVALID, "%s: lora_alpha is %g for %s", r->folder, alpha, module);
     bool down = where.part == CHOIR_TUNE_DOWN;
     bool rslora = json_is_true(json_object_get(r->config, "use_rslora"));
-    choir_tune_lora *l =
-        &r->adapter->loras[(size_t)where.layer * CHOIR_TUNE_N_PARTS + where.part];
+    choir_tune_lora *l = &r->adapter->loras[(size_t)where.layer * CHOIR_TUNE_N_PARTS + where.part];
     l->rank = (uint32_t)rank;
     l->scale = (float)(alpha / (rslora ? sqrt(rank) : rank));
     uint32_t in = down ? r->base->ffn_hidden : r->base->hidden;
@@ -194,8 +195,10 @@ static choir_status read_tensors(const reader *r)
         }
     }
     if (n_read == 0 || n != 2 * n_read)
-        return choir_fail(CHOIR_E_INVALID, "%s: %zu tensors, of which %zu are lora_A; each wants its "
-                          "lora_B", r->folder, n, n_read);
+        return choir_fail(CHOIR_E_INVALID,
+                          "%s: %zu tensors, of which %zu are lora_A; each wants its "
+                          "lora_B",
+                          r->folder, n, n_read);
     return CHOIR_OK;
 }
 

@@ -1,208 +1,187 @@
-/* A dense GGUF and adapters to a mixture of experts, as llama.cpp writes Mixtral: architecture "llama" with
- * experts stacked in three tensors a layer. Everything but the MLP is copied as it lies. */
+/* The steps of upcycling: check, read the adapters, make the gates, write. */
+#include "tune/tune.h"
+
+#include "engine/families/families.h"
+#include "tune/encode.h"
+#include "tune/folder_out.h"
 #include "tune/gates.h"
-#include "tune/gguf_writer.h"
-#include "tune/lora.h"
-#include "tune/quantize.h"
+#include "tune/gguf_out.h"
 
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-typedef struct upcycle {
-    const choir_upcycle_options *o;
-    choir_model_file *file;
-    const choir_gguf *gguf;
-    const choir_model_config *c;
-    lora *adapters; /* [n_experts] */
-    float *gates;   /* [n_layers, n_experts + 1, hidden] */
-    gguf_writer w;
-    float *row;
-    uint8_t *packed;
-} upcycle;
+enum { MAX_EXPERTS = CHOIR_MAX_UPCYCLE_ADAPTERS + 1 };
 
-static const choir_role part_roles[MLP_PARTS] = {CHOIR_ROLE_FFN_GATE, CHOIR_ROLE_FFN_UP,
-                                                 CHOIR_ROLE_FFN_DOWN};
-static const char *const part_names[MLP_PARTS] = {"gate", "up", "down"};
+typedef struct job {
+    const choir_upcycle_options *options;
+    bool gguf;
+    choir_dtype dtype;
+    uint32_t n_threads;
+    choir_model_file *base;
+    choir_tune_moe moe;
+    const char *names[MAX_EXPERTS], *texts[MAX_EXPERTS], *folders[MAX_EXPERTS];
+    choir_tune_adapter adapters[MAX_EXPERTS];
+} job;
 
-static choir_status check_options(const choir_upcycle_options *o)
+static bool ends_with(const char *text, const char *end)
 {
-    size_t n = strlen(o->out);
-    if (n < 6 || strcmp(o->out + n - 5, ".gguf") != 0)
+    size_t n = strlen(text), m = strlen(end);
+    return n > m && strcmp(text + n - m, end) == 0;
+}
+
+static choir_status check_name(const choir_upcycle_options *o, uint32_t i)
+{
+    static const char good[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
+    const char *name = o->experts[i].name;
+    size_t n = strlen(name);
+    if (n == 0 || n > 64 || name[strspn(name, good)] != '\0')
+        return choir_fail(CHOIR_E_INVALID,
+                          "the expert's name \"%.80s\" must have 1 to 64 letters, digits, '.', '_' "
+                          "or '-'",
+                          name);
+    bool taken = strcmp(name, "base") == 0;
+    for (uint32_t k = 0; k < i; k++) taken = taken || strcmp(name, o->experts[k].name) == 0;
+    return taken ? choir_fail(CHOIR_E_INVALID, "two experts have the name \"%s\"", name) : CHOIR_OK;
+}
+
+static choir_status check_dtype(job *j)
+{
+    choir_dtype d = j->options->dtype;
+    j->dtype = d != CHOIR_N_DTYPES ? d : j->gguf ? CHOIR_Q8_0 : CHOIR_BF16;
+    bool good = choir_tune_can_encode(j->dtype);
+    if (j->gguf)
+        good = good && j->dtype != CHOIR_F32;
+    else
+        good = good && choir_dtype_block_elements(j->dtype) == 1;
+    if (good) return CHOIR_OK;
+    return choir_fail(CHOIR_E_INVALID, "%s cannot be written as %s; it can be %s", j->options->out,
+                      j->dtype < CHOIR_N_DTYPES ? choir_dtype_text(j->dtype) : "an unknown type",
+                      j->gguf ? "Q8_0, Q4_1, F16 or BF16" : "BF16, F16 or F32");
+}
+
+static choir_status check_options(job *j)
+{
+    const choir_upcycle_options *o = j->options;
+    if (o->base == NULL || o->out == NULL || o->out[0] == '\0' || strlen(o->out) > 3900)
+        return choir_fail(CHOIR_E_INVALID, "upcycling wants a base and the name of an output");
+    if (o->n_experts < 1 || o->n_experts > CHOIR_MAX_UPCYCLE_ADAPTERS)
+        return choir_fail(CHOIR_E_INVALID, "%u adapters were given, must be 1 to %d", o->n_experts,
+                          CHOIR_MAX_UPCYCLE_ADAPTERS);
+    if (o->top_k < 1 || o->top_k > o->n_experts + 1)
+        return choir_fail(CHOIR_E_INVALID,
+                          "%u experts per token, must be 1 to %u (the base and %u "
+                          "adapters)",
+                          o->top_k, o->n_experts + 1, o->n_experts);
+    if (!(o->temperature > 0 && o->temperature <= 1000))
+        return choir_fail(CHOIR_E_INVALID,
+                          "the gates' temperature is %g, must be over 0 and at most "
+                          "1000",
+                          (double)o->temperature);
+    if (o->shard_bytes == 0) return choir_fail(CHOIR_E_INVALID, "shards of 0 bytes");
+    for (uint32_t i = 0; i < o->n_experts; i++) CHOIR_TRY(check_name(o, i));
+    if (o->gates == CHOIR_GATES_HIDDEN) {
+        if (o->base_sample_text == NULL)
+            return choir_fail(CHOIR_E_INVALID, "no sample text for the base");
+        for (uint32_t i = 0; i < o->n_experts; i++)
+            if (o->experts[i].sample_text == NULL)
+                return choir_fail(CHOIR_E_INVALID, "no sample text for the expert \"%s\"",
+                                  o->experts[i].name);
+    }
+    j->gguf = ends_with(o->out, ".gguf");
+    if (!j->gguf && access(o->out, F_OK) == 0)
+        return choir_fail(CHOIR_E_EXISTS, "%s is there already; remove it or name another", o->out);
+    return check_dtype(j);
+}
+
+/* The mixture is written as Mixtral, so the base must be what Mixtral's other parts are. */
+static choir_status check_base(const choir_model_file *base)
+{
+    const choir_model_config *c = choir_model_file_config(base);
+    if (c->n_experts > 0)
+        return choir_fail(CHOIR_E_INVALID,
+                          "%s is a mixture of %u experts already; the base must be "
+                          "dense",
+                          choir_model_file_path(base), c->n_experts);
+    if (c->family->attention_bias || c->family->qk_norm != CHOIR_QK_NORM_NONE)
+        return choir_fail(
+            CHOIR_E_UNIMPLEMENTED,
+            "%s is of the family %s, whose attention Mixtral has not; bases are llama "
+            "and mistral",
+            choir_model_file_path(base), c->family->name);
+    if (c->rope.rotary_dims != c->head_dim)
         return choir_fail(CHOIR_E_UNIMPLEMENTED,
-                          "the output is '%.200s'; upcycle writes .gguf files, folders are not there yet",
-                          o->out);
-    if (o->n_experts == 0 || o->n_experts > CHOIR_MAX_UPCYCLE_EXPERTS)
-        return choir_fail(CHOIR_E_INVALID, "%u experts, must be 1 to %d", o->n_experts,
-                          CHOIR_MAX_UPCYCLE_EXPERTS);
-    if (o->top_k == 0 || o->top_k > o->n_experts + 1)
-        return choir_fail(CHOIR_E_INVALID, "%u experts per token of %u", o->top_k, o->n_experts + 1);
-    if (!can_quantize(o->quant))
-        return choir_fail(CHOIR_E_INVALID, "experts cannot be written as %s", choir_dtype_text(o->quant));
-    if (!(o->sharpness > 0 && o->sharpness < 1e6))
-        return choir_fail(CHOIR_E_INVALID, "the gates' sharpness is %g", o->sharpness);
-    for (uint32_t i = 0; i < o->n_experts; i++)
-        if (o->gates == CHOIR_GATES_HIDDEN && (o->experts[i].sample == NULL || o->base_sample == NULL))
-            return choir_fail(CHOIR_E_INVALID, "expert '%.60s' or the base has no sample text",
-                              o->experts[i].name);
+                          "%s turns %u of %u dimensions, which Mixtral does "
+                          "not",
+                          choir_model_file_path(base), c->rope.rotary_dims, c->head_dim);
     return CHOIR_OK;
 }
 
-static choir_status open_base(upcycle *u)
+static choir_status read_parts(job *j)
 {
-    CHOIR_TRY(choir_model_file_open(u->o->base, &u->file));
-    u->gguf = choir_model_file_gguf(u->file);
-    u->c = choir_model_file_config(u->file);
-    if (u->gguf == NULL)
-        return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: upcycle reads GGUF bases, folders are not there yet",
-                          u->o->base);
-    if (strcmp(choir_model_config_family(u->c), "llama") != 0)
-        return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: upcycle takes dense llama models, this is %s",
-                          u->o->base, choir_model_config_family(u->c));
-    uint32_t block = choir_dtype_block_elements(u->o->quant);
-    if (u->c->hidden % block != 0 || u->c->ffn_hidden % block != 0)
-        return choir_fail(CHOIR_E_PRECONDITION, "%s: widths %u and %u are no whole blocks of %u",
-                          u->o->base, u->c->hidden, u->c->ffn_hidden, block);
+    const choir_upcycle_options *o = j->options;
+    CHOIR_TRY(choir_model_file_open(o->base, &j->base));
+    CHOIR_TRY(check_base(j->base));
+    const choir_model_config *config = choir_model_file_config(j->base);
+    j->names[0] = "base";
+    j->texts[0] = o->base_sample_text;
+    for (uint32_t i = 0; i < o->n_experts; i++) {
+        j->names[i + 1] = o->experts[i].name;
+        j->texts[i + 1] = o->experts[i].sample_text;
+        j->folders[i + 1] = o->experts[i].adapter;
+        CHOIR_TRY(choir_tune_adapter_open(o->experts[i].adapter, config, &j->adapters[i + 1]));
+    }
+    j->moe = (choir_tune_moe){.base = j->base,
+                              .config = config,
+                              .n_experts = o->n_experts + 1,
+                              .top_k = o->top_k,
+                              .names = j->names,
+                              .adapters = j->adapters,
+                              .adapter_folders = j->folders};
     return CHOIR_OK;
 }
 
-static bool is_text(choir_text a, const char *b)
+static choir_status make_gates(job *j)
 {
-    return a.bytes == strlen(b) && memcmp(a.data, b, a.bytes) == 0;
+    const choir_upcycle_options *o = j->options;
+    j->moe.gates = choir_calloc(
+        CHOIR_MEM_TUNE, (size_t)j->moe.config->n_layers * j->moe.n_experts * j->moe.config->hidden,
+        sizeof *j->moe.gates);
+    if (j->moe.gates == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the gates");
+    if (o->gates == CHOIR_GATES_UNIFORM) return CHOIR_OK;
+    return choir_tune_gates_from_texts(o->base, j->texts, j->moe.n_experts, o->temperature,
+                                       j->n_threads, o->show_progress, j->moe.gates);
 }
 
-static choir_status write_metadata(upcycle *u)
+static choir_status write_out(const job *j)
 {
-    char name[512];
-    size_t n = (size_t)snprintf(name, sizeof name, "%.100s + ", u->c->name);
-    for (uint32_t i = 0; i < u->o->n_experts && n < sizeof name; i++)
-        n += (size_t)snprintf(name + n, sizeof name - n, "%s%.40s", i > 0 ? ", " : "",
-                              u->o->experts[i].name);
-    for (uint64_t i = 0; i < choir_gguf_n_entries(u->gguf); i++) {
-        choir_text key, raw;
-        choir_gguf_entry_at(u->gguf, i, &key, &raw);
-        if (is_text(key, "general.name") || is_text(key, "general.file_type") ||
-            is_text(key, "general.alignment"))
-            continue;
-        CHOIR_TRY(gguf_writer_raw(&u->w, raw.data, raw.bytes));
-    }
-    CHOIR_TRY(gguf_writer_text(&u->w, "general.name", name));
-    CHOIR_TRY(gguf_writer_u32(&u->w, "llama.expert_count", u->o->n_experts + 1));
-    return gguf_writer_u32(&u->w, "llama.expert_used_count", u->o->top_k);
-}
-
-/* The MLP's tensors of the base become experts, all others stay. */
-static bool is_mlp(choir_text name)
-{
-    static const char *const endings[] = {".ffn_gate.weight", ".ffn_up.weight", ".ffn_down.weight"};
-    for (int i = 0; i < 3; i++) {
-        size_t n = strlen(endings[i]);
-        if (name.bytes > n && memcmp(name.data + name.bytes - n, endings[i], n) == 0) return true;
-    }
-    return false;
-}
-
-static choir_status declare_tensors(upcycle *u)
-{
-    char name[1100];
-    uint64_t hidden = u->c->hidden, ffn = u->c->ffn_hidden, n = u->o->n_experts + 1;
-    for (uint64_t i = 0; i < choir_gguf_n_tensors(u->gguf); i++) {
-        const choir_gguf_tensor *t = choir_gguf_tensor_at(u->gguf, i);
-        if (is_mlp(t->name)) continue;
-        snprintf(name, sizeof name, "%.*s", (int)t->name.bytes, t->name.data);
-        CHOIR_TRY(gguf_writer_tensor(&u->w, name, t->dtype, t->n_dims, t->dims));
-    }
-    for (uint32_t l = 0; l < u->c->n_layers; l++) {
-        snprintf(name, sizeof name, "blk.%u.ffn_gate_inp.weight", l);
-        CHOIR_TRY(gguf_writer_tensor(&u->w, name, CHOIR_F32, 2, (const uint64_t[]){hidden, n}));
-        for (int p = 0; p < MLP_PARTS; p++) {
-            const uint64_t wide[] = {hidden, ffn, n}, down[] = {ffn, hidden, n};
-            snprintf(name, sizeof name, "blk.%u.ffn_%s_exps.weight", l, part_names[p]);
-            CHOIR_TRY(gguf_writer_tensor(&u->w, name, u->o->quant, 3, p == MLP_DOWN ? down : wide));
-        }
-    }
-    return CHOIR_OK;
-}
-
-static choir_status write_copies(upcycle *u)
-{
-    for (uint64_t i = 0; i < choir_gguf_n_tensors(u->gguf); i++) {
-        const choir_gguf_tensor *t = choir_gguf_tensor_at(u->gguf, i);
-        if (is_mlp(t->name)) continue;
-        CHOIR_TRY(gguf_writer_data(&u->w, t->data, t->bytes));
-        CHOIR_TRY(gguf_writer_pad(&u->w));
-    }
-    return CHOIR_OK;
-}
-
-static choir_status write_part(upcycle *u, uint32_t l, mlp_part part)
-{
-    choir_tensor base;
-    CHOIR_TRY(choir_model_file_tensor(u->file, part_roles[part], l, 0, &base));
-    size_t row_bytes = choir_dtype_row_bytes(u->o->quant, base.cols);
-    for (uint32_t e = 0; e <= u->o->n_experts; e++)
-        for (uint32_t r = 0; r < base.rows; r++) {
-            choir_tensor_row(&base, r, u->row);
-            if (e > 0) lora_add_row(&u->adapters[e - 1], l, part, r, base.cols, u->row);
-            quantize_row(u->o->quant, u->row, base.cols, u->packed + r % 64 * row_bytes);
-            if (r % 64 == 63 || r + 1 == base.rows)
-                CHOIR_TRY(gguf_writer_data(&u->w, u->packed, (r % 64 + 1) * row_bytes));
-        }
-    return gguf_writer_pad(&u->w);
-}
-
-static choir_status write_experts(upcycle *u)
-{
-    size_t gate = (size_t)(u->o->n_experts + 1) * u->c->hidden;
-    for (uint32_t l = 0; l < u->c->n_layers; l++) {
-        CHOIR_TRY(gguf_writer_data(&u->w, u->gates + l * gate, gate * sizeof *u->gates));
-        CHOIR_TRY(gguf_writer_pad(&u->w));
-        for (int p = 0; p < MLP_PARTS; p++) CHOIR_TRY(write_part(u, l, p));
-    }
-    return CHOIR_OK;
-}
-
-static choir_status make_buffers(upcycle *u)
-{
-    uint32_t widest = u->c->hidden > u->c->ffn_hidden ? u->c->hidden : u->c->ffn_hidden;
-    u->adapters = choir_calloc(CHOIR_MEM_TUNE, u->o->n_experts, sizeof *u->adapters);
-    u->gates = choir_alloc(CHOIR_MEM_TUNE, (size_t)u->c->n_layers * (u->o->n_experts + 1) *
-                                               u->c->hidden * sizeof *u->gates);
-    u->row = choir_alloc(CHOIR_MEM_TUNE, widest * sizeof *u->row);
-    u->packed = choir_alloc(CHOIR_MEM_TUNE, 64 * choir_dtype_row_bytes(u->o->quant, widest));
-    if (u->adapters == NULL || u->gates == NULL || u->row == NULL || u->packed == NULL)
-        return choir_fail(CHOIR_E_NO_MEMORY, "no memory to upcycle %s", u->o->base);
-    return CHOIR_OK;
-}
-
-static choir_status run(upcycle *u)
-{
-    CHOIR_TRY(check_options(u->o));
-    CHOIR_TRY(open_base(u));
-    CHOIR_TRY(make_buffers(u));
-    for (uint32_t i = 0; i < u->o->n_experts; i++)
-        CHOIR_TRY(lora_open(u->o->experts[i].adapter, u->c, &u->adapters[i]));
-    CHOIR_TRY(make_gates(u->o, u->c, u->gates));
-    CHOIR_TRY(gguf_writer_begin(&u->w, u->o->out, u->o->show_progress));
-    CHOIR_TRY(write_metadata(u));
-    CHOIR_TRY(declare_tensors(u));
-    CHOIR_TRY(gguf_writer_start_data(&u->w));
-    CHOIR_TRY(write_copies(u));
-    CHOIR_TRY(write_experts(u));
-    return gguf_writer_commit(&u->w);
+    const choir_upcycle_options *o = j->options;
+    if (j->gguf)
+        return choir_tune_write_gguf(&j->moe, j->dtype, o->out, j->n_threads, o->show_progress);
+    const choir_tune_folder folder = {.path = o->out,
+                                      .dtype = j->dtype,
+                                      .shard_bytes = o->shard_bytes,
+                                      .n_threads = j->n_threads,
+                                      .show_progress = o->show_progress};
+    return choir_tune_write_folder(&j->moe, &folder);
 }
 
 choir_status choir_upcycle(const choir_upcycle_options *options)
 {
-    upcycle u = {.o = options};
-    choir_status status = run(&u);
-    gguf_writer_end(&u.w);
-    for (uint32_t i = 0; u.adapters != NULL && i < options->n_experts; i++) lora_close(&u.adapters[i]);
-    choir_free(u.adapters);
-    choir_free(u.gates);
-    choir_free(u.row);
-    choir_free(u.packed);
-    choir_model_file_close(u.file);
+    job j = {.options = options, .n_threads = options->n_threads};
+    if (j.n_threads == 0) {
+        long n = sysconf(_SC_NPROCESSORS_ONLN);
+        j.n_threads = n < 1 ? 1 : n > 256 ? 256 : (uint32_t)n;
+    }
+    choir_status status;
+    CHOIR_TRY_TO(done, status, check_options(&j));
+    CHOIR_TRY_TO(done, status, read_parts(&j));
+    CHOIR_TRY_TO(done, status, make_gates(&j));
+    status = write_out(&j);
+done:
+    choir_free(j.moe.gates);
+    for (uint32_t e = 0; e < MAX_EXPERTS; e++) choir_tune_adapter_close(&j.adapters[e]);
+    choir_model_file_close(j.base);
     return status;
 }
