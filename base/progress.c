@@ -4,6 +4,7 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 char *choir_format_bytes(uint64_t bytes, char *out)
@@ -37,16 +38,29 @@ void choir_progress_begin(choir_progress *p, const char *what, choir_progress_un
     p->drawn_ns = p->start_ns;
 }
 
+/* Bytes of the name that leave room on the line; a bar that wraps cannot be redrawn. Cut on a
+ * character. */
+static int name_bytes(const char *what, int others)
+{
+    struct winsize window = {0};
+    int columns = ioctl(STDERR_FILENO, TIOCGWINSZ, &window) == 0 ? window.ws_col : 0;
+    int room = (columns > 0 ? columns : 80) - others, n = (int)strlen(what);
+    if (room < 8) room = 8;
+    if (n <= room) return n;
+    while (room > 0 && ((unsigned char)what[room] & 0xC0) == 0x80) room--;
+    return room;
+}
+
 static void draw_bar(const choir_progress *p, uint64_t done, double eta_s)
 {
-    enum { WIDTH = 24 };
+    enum { WIDTH = 24, OTHERS = WIDTH + 40 /* " [] 1023 MiB of 1023 MiB, 9999 s left" */ };
     char a[16], b[16], bar[WIDTH + 1];
     int full = p->total == 0 ? 0 : (int)((double)done / (double)p->total * WIDTH);
     memset(bar, '.', WIDTH);
     memset(bar, '#', (size_t)(full > WIDTH ? WIDTH : full));
     bar[WIDTH] = '\0';
-    fprintf(stderr, "\r\033[K%s [%s] %s of %s, %.0f s left", p->what, bar,
-            format_count(p, done, a), format_count(p, p->total, b), eta_s);
+    fprintf(stderr, "\r\033[K%.*s [%s] %s of %s, %.0f s left", name_bytes(p->what, OTHERS), p->what,
+            bar, format_count(p, done, a), format_count(p, p->total, b), eta_s);
     fflush(stderr);
 }
 

@@ -30,7 +30,7 @@ declare -A public=(
     [agents]='agents/agents.h'
     [proto]='proto/proto.h'
     [server]='server/server.h server/client.h'
-    [tune]='tune/*.h'
+    [tune]='tune/tune.h'
 )
 # The engine's parts that read model files, gates and tensors for surgery are open to tune/.
 tune_extra='engine/gguf.h engine/safetensors.h engine/families/families.h'
