@@ -77,7 +77,7 @@ static inline acts_layout choir_acts_layout(uint32_t cols)
     l.d_at = 3 * k;
     l.s_at = l.d_at + (size_t)l.n_blocks * 4;
     l.sums_at = l.s_at + (size_t)l.n_blocks * 4;
-    l.row_bytes = round_up_64(l.sums_at + (size_t)l.n_blocks * 8) | 64;
+    l.row_bytes = round_up_64(l.sums_at + (size_t)l.n_blocks * 8) | 64; /* no powers of two */
     return l;
 }
 

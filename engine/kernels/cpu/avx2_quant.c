@@ -1,16 +1,18 @@
-/* Quantised products with AVX2: 8 output rows x 4 k in a register against 4 broadcast activation bytes.
+/* Quantised products with AVX2: 8 output rows x 4 k in a register against 4 broadcast activation
+ * bytes.
  *
- * 4-bit codes: maddubs gives int16 sums of two products, at most 2 * 15 * 127; a block's eight of them
- * fit int16 (30480), so widening and scaling are paid once in 32 k. 8-bit codes would overflow int16, so
- * they are widened to int16 and multiplied with the int16 copy of the activations; both halves of a
- * 16-bit pair lie where one shift or mask finds them. Unpacking costs little beside 4 activation rows. */
+ * 4-bit codes: maddubs gives int16 sums of two products, at most 2 * 15 * 127; a block's eight of
+ * them fit int16 (30480), so widening and scaling are paid once in 32 k. 8-bit codes would overflow
+ * int16, so they are widened to int16 and multiplied with the int16 copy of the activations; both
+ * halves of a 16-bit pair lie where one shift or mask finds them. Unpacking costs little beside 4
+ * activation rows. */
 #include "engine/kernels/cpu/avx2.h"
 
 #include <immintrin.h>
 
 enum {
     TILE = 4,          /* activation rows worked on together */
-    ROWS_AT_ONCE = 64, /* activation rows per pass over the weights: their codes stay in L2 */
+    ROWS_AT_ONCE = 32, /* activation rows per pass over the weights: their codes stay in L2 */
 };
 
 /* What a strip function is compiled for. */
@@ -196,17 +198,27 @@ INLINE void run_strip(const strip_job *j, int kind)
     uint32_t i = 0;
     for (; i + TILE <= j->n_rows; i += TILE) run_tile(j, i, TILE, kind);
     switch (j->n_rows - i) {
-    case 3: run_tile(j, i, 3, kind); break;
-    case 2: run_tile(j, i, 2, kind); break;
-    case 1: run_tile(j, i, 1, kind); break;
-    default: break;
+    case 3:
+        run_tile(j, i, 3, kind);
+        break;
+    case 2:
+        run_tile(j, i, 2, kind);
+        break;
+    case 1:
+        run_tile(j, i, 1, kind);
+        break;
+    default:
+        break;
     }
 }
 
 typedef void (*strip_function)(const strip_job *j);
 
 #define STRIP_FUNCTION(name, kind)                                                                 \
-    static void name(const strip_job *j) { run_strip(j, kind); }
+    static void name(const strip_job *j)                                                           \
+    {                                                                                              \
+        run_strip(j, kind);                                                                        \
+    }
 STRIP_FUNCTION(w4_zero_f16, 0)
 STRIP_FUNCTION(w4_min_f16, MIN)
 STRIP_FUNCTION(w4_min_f32, MIN | F32_SCALES)
