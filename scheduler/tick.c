@@ -170,7 +170,6 @@ static bool fork_from_first(choir_scheduler *s, sequence *q)
         kv_pages_hold(&s->pages, q->pages[i]);
     }
     q->n_pages = q->n_registered = shared;
-    if (first->n_registered < shared) q->n_registered = first->n_registered;
     if (partial) {
         s->engine.copy_page(s->engine.engine, first->pages[shared], copy);
         q->pages[q->n_pages++] = copy;

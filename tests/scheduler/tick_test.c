@@ -165,6 +165,48 @@ static void test_preemption(void **state)
     }
 }
 
+/* Long prompts are let in one after another as their pages are there, not all at once to throw each
+ * other out. */
+static void test_admission_counts_what_is_promised(void **state)
+{
+    (void)state;
+    world w = make_world(46, small_options());
+    uint32_t many[4][60];
+    choir_stream *streams[4];
+    for (uint32_t i = 0; i < 4; i++) {
+        for (uint32_t t = 0; t < 60; t++) many[i][t] = 4 + (t + 7 * i) % 50;
+        choir_request r = plain_request(many[i], 60, 20, i);
+        r.ignore_eos = true;
+        streams[i] = submit(&w, &r);
+    }
+    for (uint32_t i = 0; i < 4; i++) {
+        answer a = {0};
+        finish(&w, streams[i], &a);
+        assert_int_equal(a.status, CHOIR_OK);
+        assert_int_equal(a.usage.n_preemptions, 0);
+    }
+    assert_quiet(&w);
+    end_world(&w);
+}
+
+/* When the cache must give pages, a conversation loses its end first: its beginning is still found.
+ */
+static void test_eviction_spares_the_beginning(void **state)
+{
+    (void)state;
+    world w = make_world(20, small_options());
+    uint32_t first[41], second[41];
+    for (uint32_t i = 0; i < 41; i++) first[i] = 4 + i, second[i] = 50 - i;
+    const choir_request a = plain_request(first, 41, 1, 1), b = plain_request(second, 41, 1, 1);
+    answer x = {0}, y = {0}, z = {0};
+    finish(&w, submit(&w, &a), &x);
+    finish(&w, submit(&w, &b), &y);
+    finish(&w, submit(&w, &a), &z);
+    assert_int_equal(z.usage.cached_tokens, 36); /* 20 pages: 11 for the second, 9 are left */
+    assert_quiet(&w);
+    end_world(&w);
+}
+
 static void look_healthy(void *user)
 {
     choir_scheduler_stats stats;
@@ -248,6 +290,8 @@ int main(void)
         cmocka_unit_test(test_deadlines),
         cmocka_unit_test(test_cancel_in_each_state),
         cmocka_unit_test(test_preemption),
+        cmocka_unit_test(test_admission_counts_what_is_promised),
+        cmocka_unit_test(test_eviction_spares_the_beginning),
         cmocka_unit_test(test_health_after_a_long_idle_time),
         cmocka_unit_test(test_failed_step),
         cmocka_unit_test(test_poison_is_not_cached),
