@@ -1,9 +1,9 @@
-/* Prefill and decode in tokens/s, beside what the machine's memory gives in the same run. */
+/* Prefill and decode in tokens/s, beside what the machine gives at best in the same run. */
 #include "cli/cli.h"
+#include "cli/peak.h"
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 typedef struct values {
     choir_cli_engine_values engine;
@@ -44,44 +44,6 @@ static choir_status parse_batches(const char *text, uint32_t *batches, uint32_t 
         p = *end == ',' ? end + 1 : end;
     }
     return *n > 0 ? CHOIR_OK : choir_fail(CHOIR_E_INVALID, "--batch is empty");
-}
-
-/* Memory read bandwidth of all workers together, bytes/s: the ceiling of decoding one sequence. */
-typedef struct reading {
-    const uint64_t *data;
-    size_t n;
-    _Atomic uint64_t sum;
-} reading;
-
-static void read_share(void *arg, uint32_t worker, uint32_t n_workers)
-{
-    reading *r = arg;
-    uint64_t begin, end, s[8] = {0};
-    choir_share(r->n, 8, worker, n_workers, &begin, &end);
-    for (uint64_t i = begin; i + 8 <= end; i += 8)
-        for (int j = 0; j < 8; j++) s[j] ^= r->data[i + (uint64_t)j];
-    r->sum += s[0] ^ s[1] ^ s[2] ^ s[3] ^ s[4] ^ s[5] ^ s[6] ^ s[7];
-}
-
-static choir_status measure_bandwidth(uint32_t n_threads, double *bytes_per_s)
-{
-    size_t bytes = (size_t)128 << 20;
-    choir_workers *workers;
-    CHOIR_TRY(choir_workers_create(n_threads, &workers));
-    reading r = {.data = choir_alloc_pages(CHOIR_MEM_SCRATCH, bytes), .n = bytes / 8};
-    *bytes_per_s = 0;
-    if (r.data != NULL) {
-        memset((void *)r.data, 1, bytes);
-        for (int i = 0; i < 5; i++) {
-            uint64_t start = choir_clock_now();
-            choir_workers_run(workers, read_share, &r);
-            double rate = (double)bytes / ((double)(choir_clock_now() - start) / 1e9);
-            if (rate > *bytes_per_s) *bytes_per_s = rate;
-        }
-        choir_free_pages(CHOIR_MEM_SCRATCH, (void *)r.data, bytes);
-    }
-    choir_workers_destroy(workers);
-    return CHOIR_OK;
 }
 
 typedef struct bench {
@@ -161,41 +123,58 @@ static choir_status open_bench(const values *v, const char *model, uint32_t larg
     return CHOIR_OK;
 }
 
-/* What one decoding step of one sequence reads: the dense weights, and the chosen experts'. */
-static double bytes_per_token(const choir_engine *engine)
+/* The time that one step of `rows` tokens takes at the machine's best: its weights are read once
+ * (of the experts, those that so many tokens may meet), and every row is multiplied with what it
+ * meets. */
+static double best_step_s(const choir_engine *engine, const choir_peak *peak, double rows,
+                          double heads)
 {
     const choir_model_config *c = choir_engine_config(engine);
     choir_engine_sizes s = choir_engine_memory(engine);
-    double share = c->n_experts > 0 ? (double)c->n_experts_used / c->n_experts : 1;
-    return (double)s.weight_bytes + share * (double)s.expert_bytes;
+    double used = c->n_experts > 0 ? c->n_experts_used : 0, met = 0;
+    if (c->n_experts > 0) met = rows * used < c->n_experts ? rows * used / c->n_experts : 1;
+    double ffn = c->n_experts > 0 ? used * c->expert_hidden : c->ffn_hidden;
+    double attention = 2.0 * (c->n_heads + c->n_kv_heads) * c->head_dim;
+    double products = rows * c->n_layers * c->hidden * (attention + 3 * ffn) +
+                      heads * c->hidden * (double)c->vocab;
+    double reading = ((double)s.weight_bytes + met * (double)s.expert_bytes) / peak->bytes_per_s;
+    double multiplying = 2 * products / peak->ops_per_s;
+    return reading > multiplying ? reading : multiplying;
 }
 
-static void print(const values *v, const bench *b, const result *r, uint32_t n, double bandwidth)
+static void print(const values *v, const bench *b, const result *r, uint32_t n,
+                  const choir_peak *peak)
 {
-    double ceiling = bandwidth / bytes_per_token(b->engine);
+    const char *name = choir_engine_config(b->engine)->name;
     const choir_kernels *k = choir_engine_kernels(b->engine);
-    if (!v->json) {
-        printf("%s, %u threads, %s kernels; memory reads %.1f GB/s, enough for %.0f tokens/s of "
-               "one sequence\n",
-               choir_engine_config(b->engine)->name, choir_engine_n_threads(b->engine), k->name,
-               bandwidth / 1e9, ceiling);
-        for (uint32_t i = 0; i < n; i++)
-            printf("  batch %3u: prefill %7.1f tokens/s, decode %7.1f tokens/s\n", r[i].batch,
-                   r[i].prefill_tokens_per_s, r[i].decode_tokens_per_s);
-        return;
-    }
+    uint32_t n_threads = choir_engine_n_threads(b->engine);
+    double rows = b->prompt < STEP_ROWS ? b->prompt : STEP_ROWS;
     json_t *runs = json_array();
-    for (uint32_t i = 0; i < n; i++)
-        json_array_append_new(
-            runs, json_pack("{s:i, s:f, s:f, s:f}", "batch", (int)r[i].batch,
-                            "prefill_tokens_per_s", r[i].prefill_tokens_per_s,
-                            "decode_tokens_per_s", r[i].decode_tokens_per_s, "share_of_memory_peak",
-                            r[i].decode_tokens_per_s / r[i].batch / (ceiling > 0 ? ceiling : 1)));
-    json_t *o =
-        json_pack("{s:s, s:i, s:s, s:f, s:o}", "model", choir_engine_config(b->engine)->name,
-                  "threads", (int)choir_engine_n_threads(b->engine), "kernels", k->name,
-                  "memory_bytes_per_s", bandwidth, "runs", runs);
-    choir_cli_print_json(o, true);
+    if (!v->json)
+        printf("%s, %u threads, %s kernels; memory reads %.1f GB/s, int8 products %.0f Gop/s\n",
+               name, n_threads, k->name, peak->bytes_per_s / 1e9, peak->ops_per_s / 1e9);
+    for (uint32_t i = 0; i < n; i++) {
+        double prefill = r[i].prefill_tokens_per_s, decode = r[i].decode_tokens_per_s;
+        double prefill_share = prefill / rows * best_step_s(b->engine, peak, rows, 1);
+        double decode_share =
+            decode / r[i].batch * best_step_s(b->engine, peak, r[i].batch, r[i].batch);
+        if (!v->json)
+            printf("  batch %3u: prefill %7.1f tokens/s (%2.0f %% of peak), decode %7.1f tokens/s "
+                   "(%2.0f %%)\n",
+                   r[i].batch, prefill, 100 * prefill_share, decode, 100 * decode_share);
+        json_array_append_new(runs,
+                              json_pack("{s:i, s:f, s:f, s:f, s:f}", "batch", (int)r[i].batch,
+                                        "prefill_tokens_per_s", prefill, "decode_tokens_per_s",
+                                        decode, "prefill_share_of_peak", prefill_share,
+                                        "decode_share_of_peak", decode_share));
+    }
+    json_t *o = json_pack("{s:s, s:i, s:s, s:f, s:f, s:o}", "model", name, "threads",
+                          (int)n_threads, "kernels", k->name, "memory_bytes_per_s",
+                          peak->bytes_per_s, "int8_ops_per_s", peak->ops_per_s, "runs", runs);
+    if (v->json)
+        choir_cli_print_json(o, true);
+    else
+        json_decref(o);
 }
 
 static choir_status run(void *verb_values, choir_arguments *arguments)
@@ -203,21 +182,24 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     const values *v = verb_values;
     uint32_t batches[MAX_BATCHES], n, largest = 0;
     result results[MAX_BATCHES];
-    double bandwidth, warm;
+    double warm;
+    choir_peak peak;
     bench b = {0};
     choir_status status;
     CHOIR_TRY(parse_batches(v->batch, batches, &n));
     for (uint32_t i = 0; i < n; i++)
         if (batches[i] > largest) largest = batches[i];
     CHOIR_TRY_TO(done, status, open_bench(v, arguments->positional[0], largest, &b));
-    CHOIR_TRY_TO(done, status, measure_bandwidth(choir_engine_n_threads(b.engine), &bandwidth));
+    CHOIR_TRY_TO(done, status,
+                 choir_peak_measure(choir_engine_kernels(b.engine),
+                                    choir_engine_n_threads(b.engine), &peak));
     CHOIR_TRY_TO(done, status, prefill(&b, 1, &warm));
     for (uint32_t i = 0; i < n; i++) {
         results[i].batch = batches[i];
         CHOIR_TRY_TO(done, status, prefill(&b, batches[i], &results[i].prefill_tokens_per_s));
         CHOIR_TRY_TO(done, status, decode(&b, batches[i], &results[i].decode_tokens_per_s));
     }
-    print(v, &b, results, n, bandwidth);
+    print(v, &b, results, n, &peak);
 done:
     choir_free(b.pages);
     choir_free(b.tokens);
@@ -229,7 +211,7 @@ done:
 const choir_verb choir_verb_bench = {
     .name = "bench",
     .arguments = "MODEL [--prompt 512] [--generate 128] [--batch 1,8,32] [--json]",
-    .summary = "tokens/s of prefill and decode, beside the machine's memory bandwidth",
+    .summary = "tokens/s of prefill and decode, and the share of the machine's measured peak",
     .example = "choir bench SmolLM2-135M-Instruct.Q4_1 --batch 1,16",
     .options = options,
     .n_options = sizeof options / sizeof *options,
