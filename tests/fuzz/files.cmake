@@ -1,0 +1,2 @@
+choir_fuzz(gguf_fuzz SOURCES gguf_fuzz.c LINKS choir_model_file)
+choir_fuzz(safetensors_fuzz SOURCES safetensors_fuzz.c LINKS choir_model_file)
