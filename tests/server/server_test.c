@@ -209,8 +209,8 @@ static void starts_and_stops_many_times(void **state)
         assert_int_equal(choir_server_create(&o, &served, 1, &s), CHOIR_OK);
         assert_int_equal(choir_server_start(s), CHOIR_OK);
         choir_client *client = connect_to(choir_server_address(s, 0), 5000);
-        seen seen = {0};
-        assert_int_equal(ask(client, "<|short|>", 10, &seen), CHOIR_OK);
+        seen got = {0};
+        assert_int_equal(ask(client, "<|short|>", 10, &got), CHOIR_OK);
         if (i % 2 == 0) choir_server_stop(s);
         choir_server_destroy(s);
         choir_client_destroy(client);
