@@ -80,16 +80,18 @@ choir_matrix choir_matrix_exact(const choir_tensor *source); /* a view, EXACT la
 /* One row back as f32 (embedding look-up on a packed, tied matrix). */
 void choir_matrix_row(const choir_matrix *matrix, uint32_t row, float *out);
 
-/* Activations of n rows in the form the layouts want: f32, and blocks of 32 int8 with a scale each
- * (per row, so that rows are independent). `q8` may be NULL when no W4/W8 matrix will be used. */
+/* Activations of n rows in the form the layouts want: f32, and blocks of 32 codes with a scale each
+ * (per row, so that rows are independent). `q8` may be NULL when no W4/W8 matrix will be used.
+ * The codes have 16 bits. 8-bit weights always meet all of them; so do 4-bit weights, at twice the cost
+ * of 8 bits, unless `coarse` is set. */
 typedef struct choir_acts {
     const float *x; /* [n_rows, cols], row stride = cols */
     const void *q8; /* choir_kernels.quantize's output, or NULL */
     uint32_t n_rows, cols;
+    bool coarse; /* W4: the codes' upper 8 bits only */
 } choir_acts;
 size_t choir_acts_q8_bytes(uint32_t n_rows, uint32_t cols);
-/* residual[i] = x[i] - what q8's row i stands for, rows [begin, end): quantised in its turn, it gives a
- * product the precision of 16-bit activations. */
+/* residual[i] = x[i] - what q8's row i stands for, rows [begin, end). */
 void choir_acts_residual(const float *x, uint32_t cols, const void *q8, float *residual, uint32_t begin,
                          uint32_t end);
 

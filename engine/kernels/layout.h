@@ -13,9 +13,11 @@
  * rows x 4 k one for AVX2. A weight is d * (code - zero), or d * code + m. Rows beyond the matrix
  * are zeros. Float strips are [K][16].
  *
- * Activations. Per row, K padded to blocks of 32: int8 codes; the same as int16 in the order
- * 0 2 1 3 of each four (what AVX2 needs for 8-bit weights); per block the scale d, d * sum of
- * codes, and the sums of codes of both halves. */
+ * Activations. Per row, K padded to blocks of 32 that share a scale d, and a 16-bit code each:
+ *     high   int8, and low int8: code = 256 high + low. The upper halves alone are 8-bit
+ * activations words  int16, the codes in the order 0 2 1 3 of each four (what AVX2 wants for 8-bit
+ * weights) d, s, high_s   f32 a block: the scale, d * sum of codes, d * 256 * sum of upper halves
+ *     sums   int32 a block: the codes' sums of both 16s, and the sum of upper halves */
 #pragma once
 #include "engine/kernels/kernels.h"
 
@@ -23,12 +25,13 @@
 
 enum {
     STRIP = CHOIR_PACK_ROWS,
-    BLOCK = 32,        /* K elements that share an activation scale */
-    FLOAT_CHUNK = 256, /* K elements of a partial sum with f32 activations */
-    FLAG_F32 = 1,      /* scales are f32, else f16 */
-    FLAG_MIN = 2,      /* minima present, zero is 0 */
-    FLAG_HALVES = 4,   /* two scales a block, 16 elements each */
-    ZERO_SHIFT = 8,    /* log2 of zero lies in bits 8.. */
+    BLOCK = 32,           /* K elements that share an activation scale */
+    FLOAT_CHUNK = 256,    /* K elements of a partial sum with f32 activations */
+    CODE_MAX = 127 * 256, /* of an activation, so that both its halves fit int8 */
+    FLAG_F32 = 1,         /* scales are f32, else f16 */
+    FLAG_MIN = 2,         /* minima present, zero is 0 */
+    FLAG_HALVES = 4,      /* two scales a block, 16 elements each */
+    ZERO_SHIFT = 8,       /* log2 of zero lies in bits 8.. */
 };
 
 typedef struct quant_layout {
@@ -66,18 +69,22 @@ static inline size_t choir_float_strip_bytes(const choir_matrix *w)
 
 typedef struct acts_layout {
     uint32_t n_blocks;
-    size_t words_at, d_at, s_at, sums_at, row_bytes;
+    size_t low_at, words_at, d_at, s_at, high_s_at, sums_at, row_bytes;
 } acts_layout;
+
+enum { SUM_FIRST, SUM_SECOND, SUM_HIGH, N_SUMS }; /* of a block, at sums_at */
 
 static inline acts_layout choir_acts_layout(uint32_t cols)
 {
     acts_layout l = {.n_blocks = (uint32_t)(((uint64_t)cols + BLOCK - 1) / BLOCK)};
-    size_t k = (size_t)l.n_blocks * BLOCK;
-    l.words_at = k;
-    l.d_at = 3 * k;
-    l.s_at = l.d_at + (size_t)l.n_blocks * 4;
-    l.sums_at = l.s_at + (size_t)l.n_blocks * 4;
-    l.row_bytes = round_up_64(l.sums_at + (size_t)l.n_blocks * 8) | 64; /* no powers of two */
+    size_t n = l.n_blocks, k = n * BLOCK;
+    l.low_at = k;
+    l.words_at = 2 * k;
+    l.d_at = 4 * k;
+    l.s_at = l.d_at + 4 * n;
+    l.high_s_at = l.s_at + 4 * n;
+    l.sums_at = l.high_s_at + 4 * n;
+    l.row_bytes = round_up_64(l.sums_at + 4 * n * N_SUMS) | 64; /* no powers of two */
     return l;
 }
 

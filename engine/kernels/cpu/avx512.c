@@ -1,6 +1,6 @@
 /* The AVX-512 level (F, BW, VL, VNNI). Quantised products: 16 output rows x 4 k in a register,
- * multiplied with 4 broadcast activation bytes and added up by one dpbusd; all else is as in AVX2,
- * twice as wide. */
+ * multiplied with 4 broadcast activation bytes and added up by one dpbusd, once for each half of
+ * the activations' codes; all else is as in AVX2, twice as wide. */
 #include "engine/kernels/cpu/wide_avx512.h"
 /* wide_*.h need the vocabulary above. */
 #include "engine/kernels/cpu/wide_attention.h"
@@ -8,12 +8,12 @@
 #include "engine/kernels/cpu/wide_rows.h"
 
 enum {
-    TILE = 8,          /* activation rows worked on together */
+    TILE = 8,          /* sums for each output that are kept in registers */
     ROWS_AT_ONCE = 64, /* activation rows per pass over the weights: their codes stay in L2 */
 };
 
 /* What a tile function is compiled for. */
-enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8 };
+enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8, COARSE = 16 };
 
 typedef struct tile {
     const uint8_t *strip;
@@ -61,19 +61,30 @@ INLINE wide finish(const tile *t, const uint8_t *row, uint32_t b, int half, __m5
 {
     wide da = w_set(((const float *)(row + t->acts.d_at))[b]);
     if (!(kind & MIN)) {
-        const int32_t *sums = (const int32_t *)(row + t->acts.sums_at) + 2 * (size_t)b;
-        int32_t n = kind & HALVES ? sums[half] : sums[0] + sums[1];
+        const int32_t *sums = (const int32_t *)(row + t->acts.sums_at) + N_SUMS * (size_t)b;
+        int32_t n = sums[SUM_FIRST] + sums[SUM_SECOND];
+        if (kind & HALVES) n = sums[half];
+        if (kind & COARSE) n = 256 * sums[SUM_HIGH];
         sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(n * (1 << t->l->zero_log2)));
     }
     acc = w_fma(_mm512_cvtepi32_ps(sum), w_mul(d, da), acc);
-    if (kind & MIN) acc = w_fma(m, w_set(((const float *)(row + t->acts.s_at))[b]), acc);
+    size_t s_at = kind & COARSE ? t->acts.high_s_at : t->acts.s_at;
+    if (kind & MIN) acc = w_fma(m, w_set(((const float *)(row + s_at))[b]), acc);
     return acc;
+}
+
+/* An upper half counts 256 times. */
+INLINE __m512i join_sums(__m512i high, __m512i low, int kind)
+{
+    __m512i sum = _mm512_slli_epi32(high, 8);
+    return kind & COARSE ? sum : _mm512_add_epi32(sum, low);
 }
 
 INLINE void run_block(const tile *t, uint32_t b, int rows, int kind, wide *acc)
 {
     const uint8_t *scales = t->strip + (size_t)b * t->l->scale_bytes;
-    int n_parts = kind & HALVES ? 2 : 1, per_part = 8 / n_parts;
+    const int n_parts = kind & HALVES ? 2 : 1, per_part = 8 / n_parts;
+    const int n_halves = kind & COARSE ? 1 : 2, n_sums = rows * n_halves;
     __m512i group[8];
     load_codes(t->strip + t->l->codes_at + (size_t)b * t->l->code_bytes, kind, group);
     wide m = kind & MIN ? load_scales(scales, n_parts, kind) : w_zero();
@@ -81,17 +92,21 @@ INLINE void run_block(const tile *t, uint32_t b, int rows, int kind, wide *acc)
         wide d = load_scales(scales, part, kind);
         __m512i sum[TILE];
 #pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) sum[i] = _mm512_setzero_si512();
+        for (int i = 0; i < n_sums; i++) sum[i] = _mm512_setzero_si512();
 #pragma GCC unroll 8
-        for (int g = part * per_part; g < (part + 1) * per_part; g++)
+        for (int g = 0; g < per_part; g++)
 #pragma GCC unroll 8
-            for (int i = 0; i < rows; i++) {
-                const uint8_t *four = t->row + i * t->acts.row_bytes + (size_t)b * BLOCK + g * 4;
-                sum[i] = _mm512_dpbusd_epi32(sum[i], group[g], broadcast_codes(four));
+            for (int i = 0; i < n_sums; i++) {
+                const int at = part * per_part + g;
+                const uint8_t *four = t->row + i / n_halves * t->acts.row_bytes +
+                                      i % n_halves * t->acts.low_at + (size_t)b * BLOCK + at * 4;
+                sum[i] = _mm512_dpbusd_epi32(sum[i], group[at], broadcast_codes(four));
             }
 #pragma GCC unroll 8
-        for (int i = 0; i < rows; i++)
-            acc[i] = finish(t, t->row + i * t->acts.row_bytes, b, part, sum[i], d, m, kind, acc[i]);
+        for (int i = 0; i < rows; i++) {
+            __m512i joined = join_sums(sum[i * n_halves], sum[i * n_halves + n_halves - 1], kind);
+            acc[i] = finish(t, t->row + i * t->acts.row_bytes, b, part, joined, d, m, kind, acc[i]);
+        }
     }
 }
 
@@ -103,34 +118,47 @@ INLINE void run_tile(const tile *t, int rows, int kind)
     for (int i = 0; i < rows; i++) w_store_first(t->y + i * t->ldy, acc[i], t->n_out);
 }
 
-typedef void (*tile_function)(const tile *t);
-
-#define TILE_FUNCTION(name, rows, kind)                                                            \
-    static __attribute__((noinline)) void name##_##rows(const tile *t)                             \
-    {                                                                                              \
-        run_tile(t, rows, kind);                                                                   \
-    }
-#define TILE_FUNCTIONS(name, kind)                                                                 \
-    TILE_FUNCTION(name, 1, kind)                                                                   \
-    TILE_FUNCTION(name, 2, kind)                                                                   \
-    TILE_FUNCTION(name, 3, kind)                                                                   \
-    TILE_FUNCTION(name, 4, kind)                                                                   \
-    TILE_FUNCTION(name, 8, kind)                                                                   \
-    static const tile_function name[TILE + 1] = {NULL,     name##_1, name##_2, name##_3, name##_4, \
-                                                 name##_4, name##_4, name##_4, name##_8};
-
-TILE_FUNCTIONS(w4_zero_f16, 0)
-TILE_FUNCTIONS(w4_min_f16, MIN)
-TILE_FUNCTIONS(w4_min_f32, MIN | F32_SCALES)
-TILE_FUNCTIONS(w8_zero_f16, W8)
-TILE_FUNCTIONS(w8_min_f16, W8 | MIN)
-TILE_FUNCTIONS(w8_min_f32, W8 | MIN | F32_SCALES)
-TILE_FUNCTIONS(w8_halves_f32, W8 | HALVES | F32_SCALES)
-
-static const tile_function *functions_for(const choir_matrix *w, const quant_layout *l)
+/* All activation rows, in tiles of as many as registers hold. */
+INLINE void run_rows_of(tile *t, uint32_t n, int kind)
 {
-    if (w->layout == CHOIR_LAYOUT_W4)
-        return l->min ? l->f32 ? w4_min_f32 : w4_min_f16 : w4_zero_f16;
+    const uint32_t most = kind & COARSE ? TILE : TILE / 2;
+    while (n > 0) {
+        uint32_t step = n >= most ? most : 1;
+        if (n >= most)
+            run_tile(t, (int)most, kind);
+        else
+            run_tile(t, 1, kind);
+        t->row += step * t->acts.row_bytes;
+        t->y += step * t->ldy;
+        n -= step;
+    }
+}
+
+typedef void (*tile_function)(tile *t, uint32_t n);
+
+#define TILE_FUNCTION(name, kind)                                                                  \
+    static void name(tile *t, uint32_t n)                                                          \
+    {                                                                                              \
+        run_rows_of(t, n, kind);                                                                   \
+    }
+TILE_FUNCTION(w4_zero_f16, 0)
+TILE_FUNCTION(w4_min_f16, MIN)
+TILE_FUNCTION(w4_min_f32, MIN | F32_SCALES)
+TILE_FUNCTION(w4_zero_f16_coarse, COARSE)
+TILE_FUNCTION(w4_min_f16_coarse, COARSE | MIN)
+TILE_FUNCTION(w4_min_f32_coarse, COARSE | MIN | F32_SCALES)
+TILE_FUNCTION(w8_zero_f16, W8)
+TILE_FUNCTION(w8_min_f16, W8 | MIN)
+TILE_FUNCTION(w8_min_f32, W8 | MIN | F32_SCALES)
+TILE_FUNCTION(w8_halves_f32, W8 | HALVES | F32_SCALES)
+
+static tile_function function_for(const choir_matrix *w, const quant_layout *l, bool coarse)
+{
+    if (w->layout == CHOIR_LAYOUT_W4) {
+        if (!l->min) return coarse ? w4_zero_f16_coarse : w4_zero_f16;
+        if (l->f32) return coarse ? w4_min_f32_coarse : w4_min_f32;
+        return coarse ? w4_min_f16_coarse : w4_min_f16;
+    }
     if (l->n_groups == 2) return w8_halves_f32;
     return l->min ? l->f32 ? w8_min_f32 : w8_min_f16 : w8_zero_f16;
 }
@@ -140,20 +168,16 @@ static void quant_matmul(const choir_matrix *w, const choir_acts *acts, float *r
 {
     quant_layout l = choir_quant_layout(w);
     tile t = {.ldy = ldy, .l = &l, .acts = choir_acts_layout(w->cols)};
-    const tile_function *functions = functions_for(w, &l);
+    tile_function run = function_for(w, &l, acts->coarse);
     CHOIR_ASSERT(acts->q8 != NULL && begin % STRIP == 0);
     for (uint32_t first = 0; first < acts->n_rows; first += ROWS_AT_ONCE) {
-        uint32_t left = acts->n_rows - first,
-                 stop = first + (left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE);
+        uint32_t left = acts->n_rows - first, n = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE;
         for (uint32_t r = begin; r < end; r += STRIP) {
             t.strip = (const uint8_t *)w->data + r / STRIP * l.strip_bytes;
             t.n_out = end - r < STRIP ? end - r : STRIP;
-            for (uint32_t i = first, n; i < stop; i += n) {
-                n = stop - i >= TILE ? TILE : stop - i > 4 ? 4 : stop - i;
-                t.row = (const uint8_t *)acts->q8 + i * t.acts.row_bytes;
-                t.y = y + i * ldy + r;
-                functions[n](&t);
-            }
+            t.row = (const uint8_t *)acts->q8 + first * t.acts.row_bytes;
+            t.y = y + first * ldy + r;
+            run(&t, n);
         }
     }
 }

@@ -34,7 +34,8 @@ enum {
 #define EXP2_MAX 127.0F
 #define EXP_MIN  (-86.0F) /* the same for powers of e */
 #define EXP_MAX  88.0F
-/* A block whose largest |x| is below this is taken as zeros, so that 127 / max stays finite. */
+/* A block whose largest |x| is below this is taken as zeros, so that CODE_MAX / max stays finite.
+ */
 #define QUANT_MIN 0x1p-100F
 
 void choir_reference_attention(const choir_attention_block *block);

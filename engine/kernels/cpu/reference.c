@@ -5,8 +5,7 @@
 #include <float.h>
 #include <math.h>
 
-/* -- exponentials
- * ---------------------------------------------------------------------------------- */
+/* -- exponentials -- */
 
 static float clamp(float x, float min, float max) /* NaN stays NaN */
 {
@@ -50,8 +49,7 @@ static float fold(float *sum)
     return sum[0];
 }
 
-/* -- quantisation
- * ---------------------------------------------------------------------------------- */
+/* -- quantisation -- */
 
 /* The largest |x| by its bits, so that Inf and NaN come out on top. */
 static float largest(const float *x, uint32_t n)
@@ -64,43 +62,50 @@ static float largest(const float *x, uint32_t n)
     return bits_to_f32(max);
 }
 
-static float quantize_block(const float *x, uint32_t n, int8_t *codes)
+static float quantize_block(const float *x, uint32_t n, int32_t *codes)
 {
     float max = largest(x, n);
     bool finite = max <= FLT_MAX, zero = max < QUANT_MIN;
-    float inverse = finite && !zero ? 127.0F / max : 0;
+    float inverse = finite && !zero ? CODE_MAX / max : 0;
     for (uint32_t i = 0; i < BLOCK; i++)
-        codes[i] = (int8_t)(i < n && inverse != 0 ? rintf(x[i] * inverse) : 0);
+        codes[i] = (int32_t)(i < n && inverse != 0 ? rintf(x[i] * inverse) : 0);
     if (!finite) return NAN; /* the outputs must show it */
-    return zero ? 0 : max / 127.0F;
+    return zero ? 0 : max / CODE_MAX;
+}
+
+static void store_block(const acts_layout *l, uint8_t *row, uint32_t b, const int32_t *codes,
+                        float d)
+{
+    static const uint8_t order[4] = {0, 2, 1, 3};
+    int8_t *high = (int8_t *)row + (size_t)b * BLOCK, *low = high + l->low_at;
+    int16_t *words = (int16_t *)(row + l->words_at) + (size_t)b * BLOCK;
+    int32_t *sums = (int32_t *)(row + l->sums_at) + (size_t)b * N_SUMS;
+    memset(sums, 0, N_SUMS * sizeof *sums);
+    for (uint32_t k = 0; k < BLOCK; k++) {
+        high[k] = (int8_t)((codes[k] + 128) >> 8);
+        low[k] = (int8_t)(codes[k] - 256 * high[k]);
+        words[k] = (int16_t)codes[k / 4 * 4 + order[k % 4]];
+        sums[k / 16] += codes[k];
+        sums[SUM_HIGH] += high[k];
+    }
+    ((float *)(row + l->d_at))[b] = d;
+    ((float *)(row + l->s_at))[b] = d * (float)(sums[SUM_FIRST] + sums[SUM_SECOND]);
+    ((float *)(row + l->high_s_at))[b] = d * (float)(256 * sums[SUM_HIGH]);
 }
 
 static void quantize(const float *x, uint32_t cols, void *q8, uint32_t begin, uint32_t end)
 {
-    static const uint8_t order[4] = {0, 2, 1, 3};
     acts_layout l = choir_acts_layout(cols);
-    for (uint32_t i = begin; i < end; i++) {
-        uint8_t *row = (uint8_t *)q8 + i * l.row_bytes;
-        int16_t *words = (int16_t *)(row + l.words_at);
-        float *d = (float *)(row + l.d_at), *s = (float *)(row + l.s_at);
-        int32_t *sums = (int32_t *)(row + l.sums_at);
+    for (uint32_t i = begin; i < end; i++)
         for (uint32_t b = 0; b < l.n_blocks; b++) {
-            int8_t *codes = (int8_t *)row + b * BLOCK;
-            uint32_t left = cols - b * BLOCK;
-            d[b] = quantize_block(x + (size_t)i * cols + b * BLOCK, left < BLOCK ? left : BLOCK,
-                                  codes);
-            sums[2 * b] = sums[2 * b + 1] = 0;
-            for (uint32_t k = 0; k < BLOCK; k++) {
-                sums[2 * b + k / 16] += codes[k];
-                words[b * BLOCK + k] = codes[k / 4 * 4 + order[k % 4]];
-            }
-            s[b] = d[b] * (float)(sums[2 * b] + sums[2 * b + 1]);
+            int32_t codes[BLOCK];
+            uint32_t left = cols - b * BLOCK, n = left < BLOCK ? left : BLOCK;
+            float d = quantize_block(x + (size_t)i * cols + b * BLOCK, n, codes);
+            store_block(&l, (uint8_t *)q8 + i * l.row_bytes, b, codes, d);
         }
-    }
 }
 
-/* -- matmul
- * ---------------------------------------------------------------------------------------- */
+/* -- matmul -- */
 
 static float scale_of(const quant_layout *l, const uint8_t *block, uint32_t i)
 {
@@ -116,13 +121,21 @@ static int32_t code_of(bool w4, const uint8_t *codes, uint32_t r, uint32_t k)
     return w4 ? codes[group / 2 * 64 + at] >> (group % 2 * 4) & 15 : codes[group * 64 + at];
 }
 
+/* The upper half alone counts 256 times, so that one scale serves both precisions. */
+static int32_t act_of(const acts_layout *a, const uint8_t *row, uint32_t k, bool coarse)
+{
+    int32_t high = 256 * ((const int8_t *)row)[k];
+    return coarse ? high : high + ((const int8_t *)row)[a->low_at + k];
+}
+
 static float quantised_dot(const choir_matrix *w, const quant_layout *l, const uint8_t *strip,
-                           uint32_t r, const uint8_t *row)
+                           uint32_t r, const uint8_t *row, bool coarse)
 {
     acts_layout a = choir_acts_layout(w->cols);
-    const float *d = (const float *)(row + a.d_at), *s = (const float *)(row + a.s_at);
-    const int32_t *sums = (const int32_t *)(row + a.sums_at);
+    const float *d = (const float *)(row + a.d_at);
+    const float *s = (const float *)(row + (coarse ? a.high_s_at : a.s_at));
     uint32_t n = BLOCK / l->n_groups;
+    int32_t zero = l->min ? 0 : 1 << l->zero_log2;
     float y = 0;
     for (uint32_t b = 0; b < l->n_blocks; b++) {
         const uint8_t *scales = strip + (size_t)b * l->scale_bytes;
@@ -130,10 +143,8 @@ static float quantised_dot(const choir_matrix *w, const quant_layout *l, const u
         for (uint32_t g = 0; g < l->n_groups; g++) {
             int32_t sum = 0;
             for (uint32_t k = g * n; k < (g + 1) * n; k++)
-                sum += code_of(w->layout == CHOIR_LAYOUT_W4, codes, r, k) *
-                       ((const int8_t *)row)[b * BLOCK + k];
-            int32_t code_sum = l->n_groups == 2 ? sums[2 * b + g] : sums[2 * b] + sums[2 * b + 1];
-            if (!l->min) sum -= code_sum * (1 << l->zero_log2);
+                sum += (code_of(w->layout == CHOIR_LAYOUT_W4, codes, r, k) - zero) *
+                       act_of(&a, row, b * BLOCK + k, coarse);
             y = fmaf((float)sum, scale_of(l, scales, g * STRIP + r) * d[b], y);
         }
         if (l->min) y = fmaf(scale_of(l, scales, l->n_groups * STRIP + r), s[b], y);
@@ -146,12 +157,13 @@ static void quantised_matmul(const choir_matrix *w, const choir_acts *acts, floa
 {
     quant_layout l = choir_quant_layout(w);
     size_t row_bytes = choir_acts_layout(w->cols).row_bytes;
+    bool coarse = acts->coarse && w->layout == CHOIR_LAYOUT_W4;
     CHOIR_ASSERT(acts->q8 != NULL);
     for (uint32_t r = begin; r < end; r++) {
         const uint8_t *strip = (const uint8_t *)w->data + r / STRIP * l.strip_bytes;
         for (size_t i = 0; i < acts->n_rows; i++)
-            y[i * ldy + r] =
-                quantised_dot(w, &l, strip, r % STRIP, (const uint8_t *)acts->q8 + i * row_bytes);
+            y[i * ldy + r] = quantised_dot(w, &l, strip, r % STRIP,
+                                           (const uint8_t *)acts->q8 + i * row_bytes, coarse);
     }
 }
 
@@ -196,8 +208,7 @@ static void matmul(const choir_matrix *w, const choir_acts *acts, float *restric
         float_matmul(w, acts, y, ldy, begin, end);
 }
 
-/* -- rows
- * ------------------------------------------------------------------------------------------ */
+/* -- rows -- */
 
 static void rms_norm(const float *x, const float *weight, float eps, uint32_t n, float *out)
 {

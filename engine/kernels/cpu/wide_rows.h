@@ -159,8 +159,7 @@ static double sum_exp(const float *x, float max, uint32_t n)
     return w_fold_double(sum);
 }
 
-/* -- quantisation
- * ---------------------------------------------------------------------------------- */
+/* -- quantisation -- */
 
 /* The largest |x| of 32 by its bits, so that Inf and NaN come out on top. */
 INLINE float largest_of_block(const float *x)
@@ -176,34 +175,54 @@ INLINE float largest_of_block(const float *x)
     return bits_to_f32((uint32_t)_mm_cvtsi128_si32(m));
 }
 
-INLINE __m256i codes_of_block(const float *x, float inverse)
+/* 32 codes as int16, in order. */
+typedef struct block_words {
+    __m256i half[2];
+} block_words;
+
+INLINE block_words words_of_block(const float *x, float inverse)
 {
     __m256 scale = _mm256_set1_ps(inverse);
-    __m256i n[4];
-    for (int i = 0; i < 4; i++)
-        n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i * 8), scale));
-    /* The packs work within 128-bit halves; the permutation puts the fours back in order. */
-    __m256i low = _mm256_packs_epi32(n[0], n[1]), high = _mm256_packs_epi32(n[2], n[3]);
-    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high),
-                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-}
-
-INLINE void store_words(int16_t *out, __m256i codes)
-{
-    __m128i half[2] = {_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1)};
-    for (int i = 0; i < 2; i++) {
-        __m256i words = _mm256_cvtepi8_epi16(half[i]);
-        words = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8);
-        _mm256_storeu_si256((__m256i *)out + i, words);
+    block_words w;
+    for (int i = 0; i < 2; i++, x += 16) {
+        __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), scale));
+        __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), scale));
+        /* Packs work within 128-bit halves; the permutation puts the fours back in order. */
+        w.half[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
     }
+    return w;
 }
 
-INLINE void store_sums(int32_t *out, __m256i codes)
+INLINE __m256i join_bytes(__m256i a, __m256i b)
 {
-    __m256i raised = _mm256_xor_si256(codes, _mm256_set1_epi8(-128)); /* code + 128, unsigned */
-    __m256i sums = _mm256_sad_epu8(raised, _mm256_setzero_si256());
-    out[0] = (int32_t)(_mm256_extract_epi64(sums, 0) + _mm256_extract_epi64(sums, 1)) - 16 * 128;
-    out[1] = (int32_t)(_mm256_extract_epi64(sums, 2) + _mm256_extract_epi64(sums, 3)) - 16 * 128;
+    return _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
+}
+
+INLINE int32_t sum_of_words(__m256i words)
+{
+    __m256i x = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+}
+
+INLINE void store_block(const acts_layout *l, uint8_t *row, uint32_t b, block_words w, float d)
+{
+    __m256i high[2], low[2], *words = (__m256i *)(row + l->words_at) + 2 * (size_t)b;
+    int32_t *sums = (int32_t *)(row + l->sums_at) + (size_t)b * N_SUMS;
+    for (int i = 0; i < 2; i++) {
+        high[i] = _mm256_srai_epi16(_mm256_add_epi16(w.half[i], _mm256_set1_epi16(128)), 8);
+        low[i] = _mm256_sub_epi16(w.half[i], _mm256_slli_epi16(high[i], 8));
+        __m256i shuffled = _mm256_shufflelo_epi16(w.half[i], 0xd8);
+        _mm256_storeu_si256(words + i, _mm256_shufflehi_epi16(shuffled, 0xd8));
+        sums[i] = sum_of_words(w.half[i]);
+    }
+    sums[SUM_HIGH] = sum_of_words(_mm256_add_epi16(high[0], high[1]));
+    _mm256_storeu_si256((__m256i *)row + b, join_bytes(high[0], high[1]));
+    _mm256_storeu_si256((__m256i *)(row + l->low_at) + b, join_bytes(low[0], low[1]));
+    ((float *)(row + l->d_at))[b] = d;
+    ((float *)(row + l->s_at))[b] = d * (float)(sums[SUM_FIRST] + sums[SUM_SECOND]);
+    ((float *)(row + l->high_s_at))[b] = d * (float)(256 * sums[SUM_HIGH]);
 }
 
 static void quantize_row(const float *x, uint32_t cols, const acts_layout *l, uint8_t *row)
@@ -216,20 +235,15 @@ static void quantize_row(const float *x, uint32_t cols, const acts_layout *l, ui
             memcpy(tail, from, (cols - b * BLOCK) * sizeof *tail);
             from = tail;
         }
-        float max = largest_of_block(from), d = max / 127.0F;
-        __m256i codes = _mm256_setzero_si256();
+        float max = largest_of_block(from), d = max / CODE_MAX;
+        block_words words = {{_mm256_setzero_si256(), _mm256_setzero_si256()}};
         if (!(max <= __FLT_MAX__))
             d = __builtin_nanf("");
         else if (max < QUANT_MIN)
             d = 0;
         else
-            codes = codes_of_block(from, 127.0F / max);
-        int32_t *sums = (int32_t *)(row + l->sums_at) + 2 * (size_t)b;
-        _mm256_storeu_si256((__m256i *)row + b, codes);
-        store_words((int16_t *)(row + l->words_at) + (size_t)b * BLOCK, codes);
-        store_sums(sums, codes);
-        ((float *)(row + l->d_at))[b] = d;
-        ((float *)(row + l->s_at))[b] = d * (float)(sums[0] + sums[1]);
+            words = words_of_block(from, CODE_MAX / max);
+        store_block(l, row, b, words, d);
     }
 }
 
