@@ -6,7 +6,6 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/sysinfo.h>
 
 typedef struct values {
     choir_cli_engine_values engine;
@@ -33,7 +32,8 @@ static const choir_option options[] = {
     {"http", 0, CHOIR_OPTION_TEXT, offsetof(values, http), "HOST:PORT",
      "HTTP gateway (not there yet)", 0, 0},
     {"memory", 0, CHOIR_OPTION_SIZE, offsetof(values, memory), "8GiB",
-     "budget: weights and scratch first, KV pages get the rest; 0: half of what is free", 0, 0},
+     "budget: weights and scratch first, KV pages get the rest; 0: half of what is available", 0,
+     0},
     {"served-model-name", 0, CHOIR_OPTION_LIST, offsetof(values, served_model_name), "NAME",
      "the names clients use, one for each MODEL [the file's]", 0, 0},
     {"max-model-len", 0, CHOIR_OPTION_COUNT, offsetof(values, max_model_len), "N",
@@ -84,21 +84,41 @@ static choir_status refuse_later(const values *v)
     return CHOIR_OK;
 }
 
+/* Bytes this process may still take: what the kernel calls available, within the container's limit.
+ */
+static uint64_t available_memory(void)
+{
+    uint64_t available = 0, limit;
+    char line[256];
+    FILE *info = fopen("/proc/meminfo", "re");
+    while (info != NULL && available == 0 && fgets(line, sizeof line, info) != NULL) {
+        unsigned long long kib;
+        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) available = (uint64_t)kib << 10;
+    }
+    if (info != NULL) fclose(info);
+    FILE *group = fopen("/sys/fs/cgroup/memory.max", "re");
+    if (group != NULL) {
+        unsigned long long bytes; /* or the word "max" */
+        limit = fscanf(group, "%llu", &bytes) == 1 ? bytes : UINT64_MAX;
+        if (limit < available) available = limit;
+        fclose(group);
+    }
+    return available > 0 ? available : (uint64_t)4 << 30;
+}
+
 /* What a model takes besides KV: its packed weights are about as large as its file; the step's
- * scratch is small beside them. The rest of its share of the budget becomes KV pages. */
+ * scratch is small beside them. The rest of its share of the budget becomes KV pages, up to what
+ * all sequences could fill. */
 static choir_status kv_budget(const values *v, const char *path, uint32_t n_models,
                               uint64_t *kv_bytes)
 {
     choir_model_file *file;
-    struct sysinfo machine;
+    char a[16], b[16], d[16];
     CHOIR_TRY(choir_model_file_open(path, &file));
     const choir_model_config c = *choir_model_file_config(file);
-    uint64_t weights = choir_model_file_bytes(file), budget = v->memory;
+    uint64_t weights = choir_model_file_bytes(file);
     choir_model_file_close(file);
-    if (budget == 0)
-        budget = sysinfo(&machine) == 0 ? (uint64_t)machine.freeram * machine.mem_unit / 2 + weights
-                                        : (uint64_t)4 << 30;
-    budget /= n_models;
+    uint64_t budget = (v->memory > 0 ? v->memory : available_memory() / 2) / n_models;
     uint64_t scratch =
         v->max_num_batched_tokens * (c.hidden + c.ffn_hidden + c.expert_hidden) * 32 +
         (uint64_t)c.vocab * 4 * 64;
@@ -109,12 +129,18 @@ static choir_status kv_budget(const values *v, const char *path, uint32_t n_mode
     if (budget < weights + scratch + least)
         return choir_fail(
             CHOIR_E_INVALID,
-            "--memory: %.200s takes %llu MiB of weights and %llu MiB of scratch, its share "
-            "of the budget is %llu MiB",
-            path, (unsigned long long)weights >> 20, (unsigned long long)scratch >> 20,
-            (unsigned long long)budget >> 20);
+            "--memory: %.200s takes %s of weights and %s of scratch, its share of the "
+            "budget is %s",
+            path, choir_format_bytes(weights, a), choir_format_bytes(scratch, b),
+            choir_format_bytes(budget, d));
     uint64_t left = budget - weights - scratch;
     *kv_bytes = left < most ? left : most;
+    fprintf(stderr, "choir: %s: memory budget %s, less %s of weights, less %s of scratch", path,
+            choir_format_bytes(budget, a), choir_format_bytes(weights, b),
+            choir_format_bytes(scratch, d));
+    fprintf(stderr, ", leaves %s for KV pages", choir_format_bytes(left, a));
+    if (most < left) fprintf(stderr, "; %s are enough", choir_format_bytes(most, b));
+    fputc('\n', stderr);
     return CHOIR_OK;
 }
 

@@ -309,6 +309,9 @@ class Serve(Case):
                        for m, more in ((self.moe, []), ("moe", key)))
         self.assertEqual(here["token_ids"], there["token_ids"])
         self.assertEqual(here["text"], there["text"])
+        talks = [self.ok("chat", m, "-n", 6, "--temperature", 0, *more, input="hello\nand then?\n")
+                 for m, more in ((self.moe, []), ("moe", key))]
+        self.assertEqual(*talks)
         self.fails(1, "nope", "generate", "nope", *words, *key)
         self.fails(1, "key|authoriz", "generate", "moe", *words, "--server", self.address)
         taken = choir("serve", self.dense, "--listen", self.address)
