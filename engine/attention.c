@@ -155,13 +155,14 @@ static void attend_all(choir_engine *e, uint32_t l, uint32_t worker)
     }
 }
 
-static void quantize_attention(choir_engine *e, const choir_matrix *out, uint32_t worker,
-                               uint32_t n_workers)
+static void quantize_attention(choir_engine *e, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
-    choir_quantize_twice(e, out, s->att, s->n_rows, s->q8_att, (uint32_t)begin, (uint32_t)end);
+    if (!e->options.exact && begin < end)
+        e->kernels->quantize(s->att, e->config.n_heads * e->config.head_dim, s->q8_att,
+                             (uint32_t)begin, (uint32_t)end);
 }
 
 void choir_phase_attention(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
@@ -170,7 +171,7 @@ void choir_phase_attention(choir_engine *e, uint32_t l, uint32_t worker, uint32_
     const layer *w = &e->layers[l];
     uint32_t width = e->config.n_heads * e->config.head_dim;
 
-    choir_norm_rows(e, w->attn_norm, &w->q, worker, n_workers);
+    choir_norm_rows(e, w->attn_norm, s->h, s->q8_h, worker, n_workers);
     choir_workers_sync(e->workers);
 
     const product qkv[] = {{&w->q, s->q}, {&w->k, s->k}, {&w->v, s->v}};
@@ -185,7 +186,7 @@ void choir_phase_attention(choir_engine *e, uint32_t l, uint32_t worker, uint32_
     choir_workers_sync(e->workers);
 
     if (worker == 0) atomic_store_explicit(&s->next_item, 0, memory_order_relaxed);
-    quantize_attention(e, &w->out, worker, n_workers);
+    quantize_attention(e, worker, n_workers);
     choir_workers_sync(e->workers);
 
     const choir_acts att = {s->att, s->q8_att, s->n_rows, width};

@@ -53,7 +53,8 @@ static void norm_outputs(choir_engine *e, uint32_t first, uint32_t n, uint32_t w
     for (uint64_t i = begin; i < end; i++)
         e->kernels->rms_norm(s->x + (size_t)s->outputs[first + i] * hidden, e->output_norm,
                              e->config.norm_eps, hidden, s->h + i * hidden);
-    choir_quantize_twice(e, &e->head, s->h, n, s->q8_h, (uint32_t)begin, (uint32_t)end);
+    if (!e->options.exact && begin < end)
+        e->kernels->quantize(s->h, hidden, s->q8_h, (uint32_t)begin, (uint32_t)end);
 }
 
 void choir_phase_head(choir_engine *e, uint32_t worker, uint32_t n_workers)
@@ -64,12 +65,12 @@ void choir_phase_head(choir_engine *e, uint32_t worker, uint32_t n_workers)
         norm_outputs(e, first, n, worker, n_workers);
         choir_workers_sync(e->workers);
 
-        uint64_t begin, end;
+        const product head = {&e->head, s->logits};
         const choir_acts in = {s->h, s->q8_h, n, e->config.hidden};
-        choir_share(e->config.vocab, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
-        choir_multiply_twice(e, &e->head, &in, s->logits, (uint32_t)begin, (uint32_t)end);
+        choir_multiply(e, &head, 1, &in, worker, n_workers);
         choir_workers_sync(e->workers);
 
+        uint64_t begin, end;
         choir_share(n, 1, worker, n_workers, &begin, &end);
         for (uint64_t i = begin; i < end; i++)
             s->output_status[first + i] =

@@ -68,8 +68,8 @@ static void open_experts(choir_engine *e, uint32_t l)
         CHOIR_ASSERT(status == CHOIR_OK);
         s->q8_in_at[x] = in_at;
         s->q8_ffn_at[x] = ffn_at;
-        in_at += (choir_acts_q8_bytes(2 * n, e->config.hidden) + 63) & ~(size_t)63;
-        ffn_at += (choir_acts_q8_bytes(2 * n, e->config.expert_hidden) + 63) & ~(size_t)63;
+        in_at += (choir_acts_q8_bytes(n, e->config.hidden) + 63) & ~(size_t)63;
+        ffn_at += (choir_acts_q8_bytes(n, e->config.expert_hidden) + 63) & ~(size_t)63;
     }
     CHOIR_ASSERT(e->options.exact || (in_at <= s->q8_h_bytes && ffn_at <= s->q8_ffn_bytes));
 }
@@ -87,52 +87,26 @@ static void gather(choir_engine *e, uint32_t worker, uint32_t n_workers)
     uint32_t hidden = e->config.hidden;
     uint64_t begin, end;
     choir_share((uint64_t)s->n_rows * s->plan->k, 1, worker, n_workers, &begin, &end);
-    for (uint64_t slot = begin; slot < end; slot++) {
-        uint32_t of = s->plan->slots[slot], expert = s->plan->experts[of];
-        /* Behind the rows given twice of the experts before. */
-        memcpy(s->slot_in + (slot + s->plan->first[expert]) * hidden,
-               s->h + (size_t)(of / s->plan->k) * hidden, hidden * sizeof(float));
+    for (uint64_t slot = begin; slot < end; slot++)
+        memcpy(s->slot_in + slot * hidden,
+               s->h + (size_t)(s->plan->slots[slot] / s->plan->k) * hidden, hidden * sizeof(float));
+}
+
+/* Quantises the worker's share of slots; each expert's slots lie in an area of their own. */
+static void quantize_slots(choir_engine *e, const float *x, uint32_t cols, uint8_t *q8,
+                           const size_t *at, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    if (e->options.exact) return;
+    uint64_t begin, end;
+    choir_share((uint64_t)s->n_rows * s->plan->k, 1, worker, n_workers, &begin, &end);
+    for (uint32_t expert = 0; expert < e->config.n_experts; expert++) {
+        uint64_t first = s->plan->first[expert], last = s->plan->first[expert + 1];
+        uint64_t b = begin > first ? begin : first, n = end < last ? end : last;
+        if (b < n)
+            e->kernels->quantize(x + first * cols, cols, q8 + at[expert], (uint32_t)(b - first),
+                                 (uint32_t)(n - first));
     }
-}
-
-/* The worker's share of an expert's slots, as rows of that expert; false: none of them. */
-static bool own_slots(const choir_engine *e, uint32_t expert, uint32_t worker, uint32_t n_workers,
-                      uint32_t *begin, uint32_t *end)
-{
-    const step *s = &e->step;
-    uint64_t own_begin, own_end, first = s->plan->first[expert], last = s->plan->first[expert + 1];
-    choir_share((uint64_t)s->n_rows * s->plan->k, 1, worker, n_workers, &own_begin, &own_end);
-    if (own_begin < first) own_begin = first;
-    if (own_end > last) own_end = last;
-    if (own_begin >= own_end) return false;
-    *begin = (uint32_t)(own_begin - first);
-    *end = (uint32_t)(own_end - first);
-    return true;
-}
-
-/* Quantises the worker's share of what the experts are given; each expert's slots lie in an area of
- * their own. */
-static void quantize_inputs(choir_engine *e, uint32_t worker, uint32_t n_workers)
-{
-    step *s = &e->step;
-    uint32_t begin, end;
-    for (uint32_t x = 0; x < e->config.n_experts; x++)
-        if (own_slots(e, x, worker, n_workers, &begin, &end))
-            choir_quantize_twice(e, &s->pinned[x]->gate,
-                                 s->slot_in + (size_t)2 * s->plan->first[x] * e->config.hidden,
-                                 n_slots_of(s->plan, x), s->q8_h + s->q8_in_at[x], begin, end);
-}
-
-/* The same for the inputs of their last products. */
-static void quantize_gated(choir_engine *e, uint32_t worker, uint32_t n_workers)
-{
-    step *s = &e->step;
-    uint32_t begin, end;
-    for (uint32_t x = 0; x < e->config.n_experts; x++)
-        if (own_slots(e, x, worker, n_workers, &begin, &end))
-            choir_quantize_twice(e, &s->pinned[x]->down,
-                                 s->gate + (size_t)2 * s->plan->first[x] * e->config.expert_hidden,
-                                 n_slots_of(s->plan, x), s->q8_ffn + s->q8_ffn_at[x], begin, end);
 }
 
 /* gate = silu(Wg h) · (Wu h) over the worker's own columns; no meeting is needed in between. */
@@ -143,8 +117,8 @@ static void gate_and_up(choir_engine *e, const choir_expert *expert, const choir
     uint32_t ffn = expert->gate.rows;
     choir_share(ffn, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
     if (begin == end) return;
-    choir_multiply_twice(e, &expert->gate, in, gate, (uint32_t)begin, (uint32_t)end);
-    choir_multiply_twice(e, &expert->up, in, up, (uint32_t)begin, (uint32_t)end);
+    e->kernels->matmul(&expert->gate, in, gate, ffn, (uint32_t)begin, (uint32_t)end);
+    e->kernels->matmul(&expert->up, in, up, ffn, (uint32_t)begin, (uint32_t)end);
     for (size_t i = 0; i < in->n_rows; i++)
         e->kernels->silu_mul(gate + i * ffn + begin, up + i * ffn + begin, (uint32_t)(end - begin),
                              gate + i * ffn + begin);
@@ -161,14 +135,14 @@ static void down_and_mix(choir_engine *e, uint32_t expert, uint32_t worker, uint
     uint64_t begin, end;
     choir_share(hidden, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
     if (begin == end) return;
-    float *y = s->slot_out + (size_t)2 * first * hidden;
-    const choir_acts in = {s->gate + (size_t)2 * first * ffn, s->q8_ffn + s->q8_ffn_at[expert],
+    const choir_acts in = {s->gate + (size_t)first * ffn, s->q8_ffn + s->q8_ffn_at[expert],
                            n_slots_of(p, expert), ffn};
-    choir_multiply_twice(e, w, &in, y, (uint32_t)begin, (uint32_t)end);
+    e->kernels->matmul(w, &in, s->slot_out + (size_t)first * hidden, hidden, (uint32_t)begin,
+                       (uint32_t)end);
     for (uint32_t slot = first; slot < p->first[expert + 1]; slot++) {
         size_t i = p->slots[slot] / p->k;
         e->kernels->add_scaled(s->x + i * hidden + begin,
-                               y + (size_t)(slot - first) * hidden + begin,
+                               s->slot_out + (size_t)slot * hidden + begin,
                                p->weights[p->slots[slot]], (uint32_t)(end - begin));
     }
 }
@@ -184,20 +158,20 @@ static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
     choir_workers_sync(e->workers);
 
     gather(e, worker, n_workers);
-    quantize_inputs(e, worker, n_workers);
+    quantize_slots(e, s->slot_in, hidden, s->q8_h, s->q8_in_at, worker, n_workers);
     choir_workers_sync(e->workers);
 
     for (uint32_t x = 0; x < n; x++) {
         if (s->pinned[x] == NULL) continue;
         size_t first = s->plan->first[x];
-        const choir_acts in = {s->slot_in + 2 * first * hidden, s->q8_h + s->q8_in_at[x],
+        const choir_acts in = {s->slot_in + first * hidden, s->q8_h + s->q8_in_at[x],
                                n_slots_of(s->plan, x), hidden};
-        gate_and_up(e, s->pinned[x], &in, s->gate + 2 * first * ffn, s->up + 2 * first * ffn, worker,
+        gate_and_up(e, s->pinned[x], &in, s->gate + first * ffn, s->up + first * ffn, worker,
                     n_workers);
     }
     choir_workers_sync(e->workers);
 
-    quantize_gated(e, worker, n_workers);
+    quantize_slots(e, s->gate, ffn, s->q8_ffn, s->q8_ffn_at, worker, n_workers);
     choir_workers_sync(e->workers);
 
     for (uint32_t x = 0; x < n; x++)
@@ -210,6 +184,10 @@ static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_w
 {
     step *s = &e->step;
     uint32_t ffn = e->config.ffn_hidden;
+    if (worker == 0) {
+        choir_status status = choir_experts_pin(e->experts, l, 0, &s->pinned[0]);
+        CHOIR_ASSERT(status == CHOIR_OK);
+    }
     choir_workers_sync(e->workers);
 
     const choir_acts in = {s->h, s->q8_h, s->n_rows, e->config.hidden};
@@ -218,8 +196,8 @@ static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_w
 
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
-    choir_quantize_twice(e, &s->pinned[0]->down, s->gate, s->n_rows, s->q8_ffn, (uint32_t)begin,
-                         (uint32_t)end);
+    if (!e->options.exact && begin < end)
+        e->kernels->quantize(s->gate, ffn, s->q8_ffn, (uint32_t)begin, (uint32_t)end);
     choir_workers_sync(e->workers);
 
     const choir_acts act = {s->gate, s->q8_ffn, s->n_rows, ffn};
@@ -228,22 +206,12 @@ static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_w
     if (worker == 0) choir_experts_unpin(e->experts, l, 0);
 }
 
-/* A dense layer's only expert is pinned by worker 0 before anyone needs it. */
-static void open_dense(choir_engine *e, uint32_t l, uint32_t worker)
-{
-    if (worker == 0) {
-        choir_status status = choir_experts_pin(e->experts, l, 0, &e->step.pinned[0]);
-        CHOIR_ASSERT(status == CHOIR_OK);
-    }
-    choir_workers_sync(e->workers);
-}
-
 void choir_phase_ffn(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
+    step *s = &e->step;
     bool moe = is_moe(e, l);
-    if (!moe) open_dense(e, l, worker);
     /* An MoE layer quantises its slots after routing, so only a dense one quantises rows here. */
-    choir_norm_rows(e, e->layers[l].ffn_norm, moe ? NULL : &e->step.pinned[0]->gate, worker, n_workers);
+    choir_norm_rows(e, e->layers[l].ffn_norm, s->h, moe ? NULL : s->q8_h, worker, n_workers);
     copy_taps(e, l, worker, n_workers);
     if (moe)
         run_experts(e, l, worker, n_workers);

@@ -2,7 +2,7 @@
  * bits do not depend on the number of workers. */
 #include "engine/state.h"
 
-void choir_norm_rows(choir_engine *e, const float *weight, const choir_matrix *next, uint32_t worker,
+void choir_norm_rows(choir_engine *e, const float *weight, float *h, uint8_t *q8, uint32_t worker,
                      uint32_t n_workers)
 {
     step *s = &e->step;
@@ -10,23 +10,9 @@ void choir_norm_rows(choir_engine *e, const float *weight, const choir_matrix *n
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
     for (uint64_t i = begin; i < end; i++)
-        e->kernels->rms_norm(s->x + i * hidden, weight, e->config.norm_eps, hidden, s->h + i * hidden);
-    if (next != NULL)
-        choir_quantize_twice(e, next, s->h, s->n_rows, s->q8_h, (uint32_t)begin, (uint32_t)end);
-}
-
-static bool is_quantised(const choir_matrix *w)
-{
-    return w->layout == CHOIR_LAYOUT_W4 || w->layout == CHOIR_LAYOUT_W8;
-}
-
-void choir_quantize_twice(const choir_engine *e, const choir_matrix *w, float *x, uint32_t n, uint8_t *q8,
-                          uint32_t begin, uint32_t end)
-{
-    if (!is_quantised(w) || begin >= end) return;
-    e->kernels->quantize(x, w->cols, q8, begin, end);
-    choir_acts_residual(x, w->cols, q8, x + (size_t)n * w->cols, begin, end);
-    e->kernels->quantize(x, w->cols, q8, n + begin, n + end);
+        e->kernels->rms_norm(s->x + i * hidden, weight, e->config.norm_eps, hidden, h + i * hidden);
+    if (q8 != NULL && begin < end)
+        e->kernels->quantize(h, hidden, q8, (uint32_t)begin, (uint32_t)end);
 }
 
 static uint64_t n_grains(const choir_matrix *m)
@@ -47,22 +33,11 @@ void choir_multiply(const choir_engine *e, const product *products, uint32_t n_p
         if (last > n) last = n;
         if (first < last) {
             uint64_t stop = last * CHOIR_PACK_ROWS;
-            choir_multiply_twice(e, m, acts, products[i].y, (uint32_t)first * CHOIR_PACK_ROWS,
-                                 stop < m->rows ? (uint32_t)stop : m->rows);
+            e->kernels->matmul(m, acts, products[i].y, m->rows, (uint32_t)first * CHOIR_PACK_ROWS,
+                               stop < m->rows ? (uint32_t)stop : m->rows);
         }
         at += n;
     }
-}
-
-void choir_multiply_twice(const choir_engine *e, const choir_matrix *w, const choir_acts *acts, float *y,
-                          uint32_t begin, uint32_t end)
-{
-    if (begin >= end) return;
-    choir_acts given = *acts;
-    if (is_quantised(w)) given.n_rows *= 2;
-    e->kernels->matmul(w, &given, y, w->rows, begin, end);
-    for (size_t i = 0, n = acts->n_rows; is_quantised(w) && i < n; i++)
-        e->kernels->add(y + i * w->rows + begin, y + (n + i) * w->rows + begin, end - begin);
 }
 
 void choir_multiply_into_residual(const choir_engine *e, const choir_matrix *w,
@@ -71,7 +46,8 @@ void choir_multiply_into_residual(const choir_engine *e, const choir_matrix *w,
 {
     uint64_t begin, end;
     choir_share(w->rows, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
-    choir_multiply_twice(e, w, acts, y, (uint32_t)begin, (uint32_t)end);
-    for (size_t i = 0; begin < end && i < acts->n_rows; i++)
+    if (begin == end) return;
+    e->kernels->matmul(w, acts, y, w->rows, (uint32_t)begin, (uint32_t)end);
+    for (size_t i = 0; i < acts->n_rows; i++)
         e->kernels->add(x + i * w->rows + begin, y + i * w->rows + begin, (uint32_t)(end - begin));
 }

@@ -30,16 +30,16 @@ static void carve_rows(choir_engine *e, carver *c)
     s->first_row = carve(c, e->options.max_spans, sizeof *s->first_row);
     s->items = carve(c, n * m->n_kv_heads, sizeof *s->items);
     s->x = carve(c, n * m->hidden, sizeof(float));
-    s->h = carve(c, 2 * n * m->hidden, sizeof(float));
+    s->h = carve(c, n * m->hidden, sizeof(float));
     s->cos = carve(c, n * half, sizeof(float));
     s->sin = carve(c, n * half, sizeof(float));
-    s->q = carve(c, 2 * n * q_width, sizeof(float));
-    s->k = carve(c, 2 * n * kv_width, sizeof(float));
-    s->v = carve(c, 2 * n * kv_width, sizeof(float));
-    s->att = carve(c, 2 * n * q_width, sizeof(float));
-    s->q8_att = carve(c, 1, choir_acts_q8_bytes((uint32_t)(2 * n), (uint32_t)q_width));
+    s->q = carve(c, n * q_width, sizeof(float));
+    s->k = carve(c, n * kv_width, sizeof(float));
+    s->v = carve(c, n * kv_width, sizeof(float));
+    s->att = carve(c, n * q_width, sizeof(float));
+    s->q8_att = carve(c, 1, choir_acts_q8_bytes((uint32_t)n, (uint32_t)q_width));
     size_t head_rows = n < HEAD_ROWS ? n : HEAD_ROWS;
-    s->logits = carve(c, 2 * head_rows * m->vocab, sizeof(float));
+    s->logits = carve(c, head_rows * m->vocab, sizeof(float));
 }
 
 /* A step's slots by expert: each expert's area is padded, hence the rows beyond n * k. */
@@ -51,10 +51,10 @@ static void carve_slots(choir_engine *e, carver *c)
     size_t n_slots = m->n_experts > 0 ? n * m->n_experts_used : n;
     uint32_t ffn = (uint32_t)max_of(m->ffn_hidden, m->expert_hidden);
     uint32_t padded = (uint32_t)(n_slots + (m->n_experts > 0 ? 16 * n_experts : 0));
-    s->gate = carve(c, 2 * n_slots * ffn, sizeof(float));
-    s->up = carve(c, 2 * n_slots * ffn, sizeof(float));
-    s->q8_h_bytes = choir_acts_q8_bytes(2 * padded, m->hidden) + 64 * n_experts;
-    s->q8_ffn_bytes = choir_acts_q8_bytes(2 * padded, ffn) + 64 * n_experts;
+    s->gate = carve(c, n_slots * ffn, sizeof(float));
+    s->up = carve(c, n_slots * ffn, sizeof(float));
+    s->q8_h_bytes = choir_acts_q8_bytes(padded, m->hidden) + 64 * n_experts;
+    s->q8_ffn_bytes = choir_acts_q8_bytes(padded, ffn) + 64 * n_experts;
     s->q8_h = carve(c, 1, s->q8_h_bytes);
     s->q8_ffn = carve(c, 1, s->q8_ffn_bytes);
     s->q8_in_at = carve(c, n_experts, sizeof *s->q8_in_at);
@@ -62,8 +62,8 @@ static void carve_slots(choir_engine *e, carver *c)
     s->pinned = carve(c, n_experts, sizeof *s->pinned);
     if (m->n_experts == 0) return;
     s->router_logits = carve(c, n * m->n_experts, sizeof(float));
-    s->slot_in = carve(c, 2 * n_slots * m->hidden, sizeof(float));
-    s->slot_out = carve(c, 2 * n_slots * m->hidden, sizeof(float));
+    s->slot_in = carve(c, n_slots * m->hidden, sizeof(float));
+    s->slot_out = carve(c, n_slots * m->hidden, sizeof(float));
 }
 
 static void carve_workers(choir_engine *e, carver *c)

@@ -43,20 +43,19 @@ typedef struct step {
     attention_item *items;    /* [R * n_kv_heads] */
     atomic_uint next_item;    /* relaxed ticket: items are independent; results meet at a sync */
     float *x;                 /* [R, hidden] the residual stream */
-    float *h;                 /* [2 R, hidden] normed rows; products of rows that are given twice */
+    float *h;                 /* [R, hidden] normed; also the gathered output rows */
     float *cos, *sin;         /* [R, rotary / 2] */
-    float *q, *k, *v, *att;   /* [2 R, heads hd], [2 R, kv hd] x 2, [2 R, heads hd] */
+    float *q, *k, *v, *att;   /* [R, heads hd], [R, kv hd] x 2, [R, heads hd] */
     float *router_logits;     /* [R, n_experts] */
     choir_plan *plan;
-    /* of slots: expert e's rows begin at 2 first[e], each given twice */
-    float *slot_in;           /* [2 S, hidden] an expert's rows side by side (MoE) */
-    float *gate, *up;         /* [2 S, ffn] */
-    float *slot_out;          /* [2 S, hidden] (MoE), like gate */
+    float *slot_in;           /* [S, hidden] an expert's rows side by side (MoE) */
+    float *gate, *up;         /* [S, ffn] */
+    float *slot_out;          /* [S, hidden] (MoE) */
     uint8_t *q8_h, *q8_att, *q8_ffn; /* quantised rows; of slots: one area per expert */
     size_t *q8_in_at, *q8_ffn_at; /* [n_experts] where an expert's area begins in q8_h, q8_ffn */
     size_t q8_h_bytes, q8_ffn_bytes;
     const choir_expert **pinned; /* [n_experts] of the current layer; NULL without rows */
-    float *logits;            /* [2 B, vocab], as rows given twice need */
+    float *logits;            /* [B, vocab] */
     choir_status *output_status; /* [R] of each output row; folded into spans at the end */
     float **attention_scratch; /* [n_threads] */
     void **sampler_scratch;    /* [n_threads] */
@@ -109,19 +108,10 @@ void choir_phase_attention(choir_engine *engine, uint32_t layer, uint32_t worker
 void choir_phase_ffn(choir_engine *engine, uint32_t layer, uint32_t worker, uint32_t n_workers);
 void choir_phase_head(choir_engine *engine, uint32_t worker, uint32_t n_workers);
 
-/* h = norm(x) for the worker's rows, quantised as the matrix that gets them next wants it; NULL: not. */
-void choir_norm_rows(choir_engine *engine, const float *weight, const choir_matrix *next, uint32_t worker,
-                     uint32_t n_workers);
-/* One 8-bit form of an activation costs about 0.7 % of perplexity and flips close greedy choices, so with
- * quantised weights each row is given twice: as it is quantised, and what that left over, quantised again,
- * n rows later. Rows [begin, end) of n; x and q8 have room for 2 n. */
-void choir_quantize_twice(const choir_engine *engine, const choir_matrix *w, float *x, uint32_t n,
-                          uint8_t *q8, uint32_t begin, uint32_t end);
-/* The product of rows so given, over output columns [begin, end), into y's first acts->n_rows rows; y has
- * room for twice as many. */
-void choir_multiply_twice(const choir_engine *engine, const choir_matrix *w, const choir_acts *acts,
-                          float *y, uint32_t begin, uint32_t end);
-/* The residual stream gets W a: the worker's own columns. y: [2 n_rows, hidden] scratch. */
+/* h = norm(x) for the worker's rows, quantised into q8 unless exact. */
+void choir_norm_rows(choir_engine *engine, const float *weight, float *h, uint8_t *q8,
+                     uint32_t worker, uint32_t n_workers);
+/* The residual stream gets W a: the worker's own columns. y: [n_rows, hidden] scratch. */
 void choir_multiply_into_residual(const choir_engine *engine, const choir_matrix *w,
                                   const choir_acts *acts, float *y, float *x, uint32_t worker,
                                   uint32_t n_workers);

@@ -91,9 +91,6 @@ typedef struct choir_acts {
     bool coarse; /* W4: the codes' upper 8 bits only */
 } choir_acts;
 size_t choir_acts_q8_bytes(uint32_t n_rows, uint32_t cols);
-/* residual[i] = x[i] - what q8's row i stands for, rows [begin, end). */
-void choir_acts_residual(const float *x, uint32_t cols, const void *q8, float *residual, uint32_t begin,
-                         uint32_t end);
 
 /* One (sequence, kv head, block of query tokens). K and V of a layer in one page lie as f16
  * K[n_kv_heads][page_tokens][head_dim] then V likewise, at kv + pages[i] * page_stride. */
