@@ -171,7 +171,8 @@ void choir_health_update(choir_server *server, const bool *model_healthy);
 bool choir_auth_allows(const choir_server *server, const grpc_metadata_array *metadata);
 
 /* --- accept.c */
-void choir_accept_limit(uint32_t max_connections); /* process-wide */
+/* Process-wide; max_connects_per_s of one address, 0: no limit. */
+void choir_accept_limit(uint32_t max_connections, uint32_t max_connects_per_s);
 
 /* --- watch.c: the thread that probes engines, moves the phase and ends what must end */
 void *choir_watch_run(void *server);

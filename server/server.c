@@ -235,8 +235,8 @@ static grpc_arg integer(const char *key, uint32_t value)
 
 static grpc_server *make_grpc_server(const choir_server_options *o)
 {
-    enum { PING_MIN_MS = 5000, HANDSHAKE_MS = 20000 };
-    grpc_arg args[16];
+    enum { PING_MIN_MS = 5000, PING_STRIKES = 100000, HANDSHAKE_MS = 20000 };
+    grpc_arg args[20];
     size_t n = 0;
     args[n++] = integer(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, o->max_message_bytes);
     args[n++] = integer(GRPC_ARG_MAX_METADATA_SIZE, o->max_metadata_bytes);
@@ -244,8 +244,11 @@ static grpc_server *make_grpc_server(const choir_server_options *o)
     args[n++] = integer(GRPC_ARG_KEEPALIVE_TIME_MS, o->keepalive_ms);
     args[n++] = integer(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, o->keepalive_timeout_ms);
     args[n++] = integer(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-    /* A client may ask as often as this; one that asks more often is a flood and is sent away. */
+    /* A client may ask as often as this. Each ping too many costs gRPC 1.51 time in proportion to
+     * those before it in the same read, so that a strict limit is what makes a flood dear: a
+     * lenient one still bounds the answers that wait for a peer which does not read. */
     args[n++] = integer(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, PING_MIN_MS);
+    args[n++] = integer(GRPC_ARG_HTTP2_MAX_PING_STRIKES, PING_STRIKES);
     args[n++] = integer(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, HANDSHAKE_MS);
     /* choir_message_receive() decompresses, with a bound. */
     args[n++] = integer(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0);
@@ -296,7 +299,7 @@ choir_status choir_server_start(choir_server *s)
     grpc_server_register_completion_queue(s->grpc, s->completions, NULL);
     grpc_server_credentials *credentials;
     CHOIR_TRY(make_credentials(&s->options, &credentials));
-    choir_accept_limit(s->options.max_connections);
+    choir_accept_limit(s->options.max_connections, s->options.max_connects_per_s);
     choir_status status = bind_all(s, credentials);
     grpc_server_credentials_release(credentials);
     CHOIR_TRY(status);

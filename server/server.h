@@ -39,6 +39,7 @@ typedef struct choir_server_options {
     uint32_t max_message_bytes;
     uint32_t max_metadata_bytes;
     uint32_t max_connections;      /* further ones are closed at once */
+    uint32_t max_connects_per_s;   /* of one address, and 8 s' worth at once; 0: no limit */
     uint32_t max_streams;          /* at once, per connection */
     uint32_t max_calls;            /* open, of all connections */
     uint32_t n_parsers;            /* threads that check, render and tokenize requests */
@@ -56,6 +57,7 @@ typedef struct choir_server_options {
     ((choir_server_options){.max_message_bytes = 4 << 20,                                          \
                             .max_metadata_bytes = 16 << 10,                                        \
                             .max_connections = 16384,                                              \
+                            .max_connects_per_s = 200,                                             \
                             .max_streams = 256,                                                    \
                             .max_calls = 4096,                                                     \
                             .n_parsers = 2,                                                        \

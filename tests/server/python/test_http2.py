@@ -132,22 +132,34 @@ def test_no_headers_before_the_first_token(launch, help):
     peer.close()
 
 
-def test_ping_flood_is_sent_away(shared, choir, help):
+def test_ping_flood_is_cheap_and_sent_away(shared, choir, help):
+    """Many connections full of pings whose answers nobody reads: others are served, memory stays."""
+    pings = frame(PING, 0, 0, b"12345678") * 10000
+    before = choir.GetStats(help.pb.GetStatsRequest(), timeout=5).server.resident_bytes
+    for _ in range(30):
+        peer = Peer(shared)
+        peer.socket.setblocking(False)
+        try:
+            peer.send(pings)
+        except OSError:
+            pass
+        peer.close()
+        assert choir.ListModels(help.pb.ListModelsRequest(), timeout=5).models
     peer = Peer(shared)
-    peer.until(lambda f: f[0] == SETTINGS)
-    goaway = None
     try:
-        for _ in range(50):
-            peer.send(frame(PING, 0, 0, b"12345678") * 100)
+        for _ in range(20):
+            peer.send(pings)
     except OSError:
         pass
     try:
         goaway = peer.until(lambda f: f[0] == GOAWAY)
     except OSError:
-        pass
+        goaway = None
     assert goaway is None or b"too_many_pings" in goaway[3]
-    assert help.ids(list(choir.Generate(help.request(), timeout=60)))
     peer.close()
+    assert help.ids(list(choir.Generate(help.request(), timeout=60)))
+    after = choir.GetStats(help.pb.GetStatsRequest(), timeout=5).server.resident_bytes
+    assert after < before + (64 << 20)
 
 
 def test_huge_headers_are_refused(shared, choir, help):
@@ -193,6 +205,22 @@ def test_garbage_and_idle_connections(shared, choir, help):
         peer.close()
     for s in silent:
         s.close()
+
+
+@pytest.mark.simulated
+def test_one_address_may_not_connect_too_often(launch, rpc, pb):
+    """A crowd beyond the burst is closed at once; the rate lets later ones in."""
+    server = launch()
+    early = rpc.ChoirStub(server.channel())
+    assert early.ListModels(pb.ListModelsRequest(), timeout=5).models
+    for _ in range(3000):
+        try:
+            socket.create_connection(("127.0.0.1", server.port)).close()
+        except OSError:
+            pass
+    assert early.ListModels(pb.ListModelsRequest(), timeout=5).models
+    late = rpc.ChoirStub(server.channel())
+    assert late.ListModels(pb.ListModelsRequest(), timeout=20, wait_for_ready=True).models
 
 
 @pytest.mark.simulated
