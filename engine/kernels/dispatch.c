@@ -1,6 +1,10 @@
 /* The one place that asks what the CPU can do. */
 #include "engine/kernels/cpu/levels.h"
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 static const choir_kernels *const tables[CHOIR_CPU_N_LEVELS] = {
     [CHOIR_CPU_REFERENCE] = &choir_kernels_reference,
 #ifdef __x86_64__
@@ -9,13 +13,21 @@ static const choir_kernels *const tables[CHOIR_CPU_N_LEVELS] = {
 #endif
 };
 
+#ifdef __x86_64__
+/* clang 14's __builtin_cpu_supports does not know this one. */
+static bool has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 /* __builtin_cpu_supports also asks whether the system saves the wide registers (XGETBV). */
 static bool has_level(choir_cpu_level level)
 {
     if (level == CHOIR_CPU_REFERENCE) return true;
 #ifdef __x86_64__
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                __builtin_cpu_supports("f16c");
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (level == CHOIR_CPU_AVX2) return avx2;
     if (level == CHOIR_CPU_AVX512VNNI)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
