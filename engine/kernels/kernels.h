@@ -82,13 +82,11 @@ void choir_matrix_row(const choir_matrix *matrix, uint32_t row, float *out);
 
 /* Activations of n rows in the form the layouts want: f32, and blocks of 32 codes with a scale each
  * (per row, so that rows are independent). `q8` may be NULL when no W4/W8 matrix will be used.
- * The codes have 16 bits. 8-bit weights always meet all of them; so do 4-bit weights, at twice the cost
- * of 8 bits, unless `coarse` is set. */
+ * The codes have 16 bits, see docs/decisions/0005. */
 typedef struct choir_acts {
     const float *x; /* [n_rows, cols], row stride = cols */
     const void *q8; /* choir_kernels.quantize's output, or NULL */
     uint32_t n_rows, cols;
-    bool coarse; /* W4: the codes' upper 8 bits only */
 } choir_acts;
 size_t choir_acts_q8_bytes(uint32_t n_rows, uint32_t cols);
 

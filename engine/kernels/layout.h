@@ -69,10 +69,10 @@ static inline size_t choir_float_strip_bytes(const choir_matrix *w)
 
 typedef struct acts_layout {
     uint32_t n_blocks;
-    size_t low_at, words_at, d_at, s_at, high_s_at, sums_at, row_bytes;
+    size_t low_at, words_at, d_at, s_at, sums_at, row_bytes;
 } acts_layout;
 
-enum { SUM_FIRST, SUM_SECOND, SUM_HIGH, N_SUMS }; /* of a block, at sums_at */
+enum { SUM_FIRST, SUM_SECOND, N_SUMS }; /* of a block, at sums_at */
 
 static inline acts_layout choir_acts_layout(uint32_t cols)
 {
@@ -82,8 +82,7 @@ static inline acts_layout choir_acts_layout(uint32_t cols)
     l.words_at = 2 * k;
     l.d_at = 4 * k;
     l.s_at = l.d_at + 4 * n;
-    l.high_s_at = l.s_at + 4 * n;
-    l.sums_at = l.high_s_at + 4 * n;
+    l.sums_at = l.s_at + 4 * n;
     l.row_bytes = round_up_64(l.sums_at + 4 * n * N_SUMS) | 64; /* no powers of two */
     return l;
 }

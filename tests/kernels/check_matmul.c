@@ -11,13 +11,12 @@ typedef struct product_case {
     const float *x;
     const void *q8;
     const char *text;
-    bool coarse;
 } product_case;
 
 static guarded multiply(const choir_kernels *k, const product_case *c, uint32_t n_rows)
 {
     guarded y = check_alloc((size_t)n_rows * c->w->rows * sizeof(float));
-    const choir_acts acts = {c->x, c->q8, n_rows, c->w->cols, c->coarse};
+    const choir_acts acts = {c->x, c->q8, n_rows, c->w->cols};
     k->matmul(c->w, &acts, y.data, c->w->rows, 0, c->w->rows);
     return y;
 }
@@ -28,7 +27,7 @@ static void check_cuts(const product_case *c, const guarded *whole, uint32_t n_r
     uint32_t rows = c->w->rows, cut = rows / 2 / CHOIR_PACK_ROWS * CHOIR_PACK_ROWS;
     size_t ldy = rows + 3;
     guarded y = check_alloc(n_rows * ldy * sizeof(float)), packed = check_alloc(whole->bytes);
-    const choir_acts acts = {c->x, c->q8, n_rows, c->w->cols, c->coarse};
+    const choir_acts acts = {c->x, c->q8, n_rows, c->w->cols};
     if (cut < rows) c->k->matmul(c->w, &acts, y.data, ldy, cut, rows);
     if (cut > 0) c->k->matmul(c->w, &acts, y.data, ldy, 0, cut);
     for (uint32_t i = 0; i < n_rows; i++) {
@@ -71,11 +70,9 @@ static void check_product(const choir_kernels *ref, const choir_kernels *k, choi
     ref->quantize(x, cols, q8.data, 0, 67);
     char text[80];
     snprintf(text, sizeof text, "matmul %s %ux%u", choir_dtype_text(dtype), rows, cols);
-    check_batches(&(product_case){ref, k, &packed, x, q8.data, text, false});
-    if (packed.layout == CHOIR_LAYOUT_W4)
-        check_batches(&(product_case){ref, k, &packed, x, q8.data, "coarse matmul", true});
+    check_batches(&(product_case){ref, k, &packed, x, q8.data, text});
     snprintf(text, sizeof text, "matmul exact %s %ux%u", choir_dtype_text(dtype), rows, cols);
-    check_batches(&(product_case){ref, k, &exact, x, NULL, text, false});
+    check_batches(&(product_case){ref, k, &exact, x, NULL, text});
     check_true("quantize's guards", check_guards(&q8));
     check_free(&q8);
     free(x);

@@ -12,12 +12,13 @@
 #include <immintrin.h>
 
 enum {
-    TILE = 4,          /* sums for each output that are kept in registers */
+    TILE = 4,     /* sums for each output that are kept in registers */
+    AHEAD = 2048, /* bytes: how long before their use codes are fetched, to hide memory's latency */
     ROWS_AT_ONCE = 32, /* activation rows per pass over the weights: their codes stay in L2 */
 };
 
 /* What a strip function is compiled for. */
-enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8, COARSE = 16 };
+enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8 };
 
 /* One strip of weights against some activation rows. */
 typedef struct strip_job {
@@ -87,7 +88,6 @@ INLINE void finish(const strip_job *j, const uint8_t *row, uint32_t b, int part,
         const int32_t *sums = (const int32_t *)(row + j->acts.sums_at) + N_SUMS * (size_t)b;
         int32_t n = sums[SUM_FIRST] + sums[SUM_SECOND];
         if (kind & HALVES) n = sums[part];
-        if (kind & COARSE) n = 256 * sums[SUM_HIGH];
         zero = _mm256_set1_epi32(n * (1 << j->l.zero_log2));
     }
     for (int v = 0; v < 2; v++) {
@@ -95,17 +95,15 @@ INLINE void finish(const strip_job *j, const uint8_t *row, uint32_t b, int part,
         acc[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(n), _mm256_mul_ps(s->d[v], da), acc[v]);
     }
     if (kind & MIN) {
-        size_t s_at = kind & COARSE ? j->acts.high_s_at : j->acts.s_at;
-        __m256 sa = broadcast_float(row + s_at + 4 * (size_t)b);
+        __m256 sa = broadcast_float(row + j->acts.s_at + 4 * (size_t)b);
         for (int v = 0; v < 2; v++) acc[v] = _mm256_fmadd_ps(s->m[v], sa, acc[v]);
     }
 }
 
 /* Widens a row's int16 sums; an upper half counts 256 times. */
-INLINE __m256i widen_sum(__m256i high, __m256i low, int kind)
+INLINE __m256i widen_sum(__m256i high, __m256i low)
 {
     __m256i sum = _mm256_madd_epi16(high, _mm256_set1_epi16(256));
-    if (kind & COARSE) return sum;
     return _mm256_add_epi32(sum, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
 }
 
@@ -115,20 +113,20 @@ INLINE void w4_block(const strip_job *j, const uint8_t *rows, uint32_t b, int n,
 {
     const __m256i mask = _mm256_set1_epi8(15);
     const uint8_t *codes = j->strip + j->l.codes_at + (size_t)b * 256;
-    const int n_halves = kind & COARSE ? 1 : 2, n_sums = n * n_halves;
     __m256i sum[TILE][2];
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
         __m256i first[2], second[2];
+        _mm_prefetch(codes + p * 64 + AHEAD, _MM_HINT_T0);
         for (int v = 0; v < 2; v++) {
             __m256i both = load(codes + p * 64 + v * 32);
             first[v] = _mm256_and_si256(both, mask);
             second[v] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < n_sums; i++) {
-            const uint8_t *q = rows + i / n_halves * j->acts.row_bytes +
-                               i % n_halves * j->acts.low_at + (size_t)b * BLOCK + p * 8;
+        for (int i = 0; i < 2 * n; i++) {
+            const uint8_t *q = rows + i / 2 * j->acts.row_bytes + i % 2 * j->acts.low_at +
+                               (size_t)b * BLOCK + p * 8;
             __m256i a = broadcast_bytes(q), c = broadcast_bytes(q + 4);
             for (int v = 0; v < 2; v++) {
                 __m256i x = _mm256_maddubs_epi16(first[v], a),
@@ -141,8 +139,8 @@ INLINE void w4_block(const strip_job *j, const uint8_t *rows, uint32_t b, int n,
     block_scales s = load_block_scales(j->strip + (size_t)b * j->l.scale_bytes, 0, kind);
 #pragma GCC unroll 4
     for (int i = 0; i < n; i++) {
-        __m256i wide[2], *high = sum[i * n_halves], *low = sum[i * n_halves + n_halves - 1];
-        for (int v = 0; v < 2; v++) wide[v] = widen_sum(high[v], low[v], kind);
+        __m256i wide[2], *high = sum[2 * i], *low = sum[2 * i + 1];
+        for (int v = 0; v < 2; v++) wide[v] = widen_sum(high[v], low[v]);
         finish(j, rows + i * j->acts.row_bytes, b, 0, wide, &s, kind, acc[i]);
     }
 }
@@ -158,6 +156,7 @@ INLINE void w8_block(const strip_job *j, const uint8_t *rows, uint32_t b, int pa
 #pragma GCC unroll 8
     for (int g = 0; g < n_groups; g++) {
         __m256i even[2], odd[2];
+        _mm_prefetch(codes + g * 64 + AHEAD, _MM_HINT_T0);
         for (int v = 0; v < 2; v++) {
             __m256i four = load(codes + g * 64 + v * 32);
             even[v] = _mm256_and_si256(four, mask);
@@ -211,7 +210,7 @@ INLINE void run_tile(const strip_job *j, uint32_t first, int n, int kind)
 
 INLINE void run_strip(const strip_job *j, int kind)
 {
-    const uint32_t tile = kind & (W8 | COARSE) ? TILE : TILE / 2;
+    const uint32_t tile = kind & W8 ? TILE : TILE / 2;
     uint32_t i = 0;
     for (; i + tile <= j->n_rows; i += tile) run_tile(j, i, (int)tile, kind);
     if (tile == TILE && j->n_rows - i == 3) run_tile(j, i, 3, kind);
@@ -229,21 +228,15 @@ typedef void (*strip_function)(const strip_job *j);
 STRIP_FUNCTION(w4_zero_f16, 0)
 STRIP_FUNCTION(w4_min_f16, MIN)
 STRIP_FUNCTION(w4_min_f32, MIN | F32_SCALES)
-STRIP_FUNCTION(w4_zero_f16_coarse, COARSE)
-STRIP_FUNCTION(w4_min_f16_coarse, COARSE | MIN)
-STRIP_FUNCTION(w4_min_f32_coarse, COARSE | MIN | F32_SCALES)
 STRIP_FUNCTION(w8_zero_f16, W8)
 STRIP_FUNCTION(w8_min_f16, W8 | MIN)
 STRIP_FUNCTION(w8_min_f32, W8 | MIN | F32_SCALES)
 STRIP_FUNCTION(w8_halves_f32, W8 | HALVES | F32_SCALES)
 
-static strip_function function_for(const choir_matrix *w, const quant_layout *l, bool coarse)
+static strip_function function_for(const choir_matrix *w, const quant_layout *l)
 {
-    if (w->layout == CHOIR_LAYOUT_W4) {
-        if (!l->min) return coarse ? w4_zero_f16_coarse : w4_zero_f16;
-        if (l->f32) return coarse ? w4_min_f32_coarse : w4_min_f32;
-        return coarse ? w4_min_f16_coarse : w4_min_f16;
-    }
+    if (w->layout == CHOIR_LAYOUT_W4)
+        return l->min ? l->f32 ? w4_min_f32 : w4_min_f16 : w4_zero_f16;
     if (l->n_groups == 2) return w8_halves_f32;
     return l->min ? l->f32 ? w8_min_f32 : w8_min_f16 : w8_zero_f16;
 }
@@ -252,7 +245,7 @@ void choir_avx2_quant_matmul(const choir_matrix *w, const choir_acts *acts, floa
                              size_t ldy, uint32_t begin, uint32_t end)
 {
     strip_job j = {.ldy = ldy, .l = choir_quant_layout(w), .acts = choir_acts_layout(w->cols)};
-    strip_function run = function_for(w, &j.l, acts->coarse);
+    strip_function run = function_for(w, &j.l);
     CHOIR_ASSERT(acts->q8 != NULL && begin % STRIP == 0);
     for (uint32_t first = 0; first < acts->n_rows; first += ROWS_AT_ONCE) {
         uint32_t left = acts->n_rows - first;

@@ -8,12 +8,13 @@
 #include "engine/kernels/cpu/wide_rows.h"
 
 enum {
-    TILE = 8,          /* sums for each output that are kept in registers */
+    TILE = 4,     /* activation rows whose sums, two each, are kept in registers */
+    AHEAD = 2048, /* bytes: how long before their use codes are fetched, to hide memory's latency */
     ROWS_AT_ONCE = 64, /* activation rows per pass over the weights: their codes stay in L2 */
 };
 
 /* What a tile function is compiled for. */
-enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8, COARSE = 16 };
+enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8 };
 
 typedef struct tile {
     const uint8_t *strip;
@@ -36,12 +37,16 @@ INLINE void load_codes(const uint8_t *codes, int kind, __m512i group[8])
 {
     if (kind & W8) {
 #pragma GCC unroll 8
-        for (int g = 0; g < 8; g++) group[g] = _mm512_loadu_si512(codes + g * 64);
+        for (int g = 0; g < 8; g++) {
+            _mm_prefetch(codes + g * 64 + AHEAD, _MM_HINT_T0);
+            group[g] = _mm512_loadu_si512(codes + g * 64);
+        }
         return;
     }
     const __m512i mask = _mm512_set1_epi8(15);
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
+        _mm_prefetch(codes + p * 64 + AHEAD, _MM_HINT_T0);
         __m512i both = _mm512_loadu_si512(codes + p * 64);
         group[2 * p] = _mm512_and_si512(both, mask);
         group[2 * p + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
@@ -64,47 +69,43 @@ INLINE wide finish(const tile *t, const uint8_t *row, uint32_t b, int half, __m5
         const int32_t *sums = (const int32_t *)(row + t->acts.sums_at) + N_SUMS * (size_t)b;
         int32_t n = sums[SUM_FIRST] + sums[SUM_SECOND];
         if (kind & HALVES) n = sums[half];
-        if (kind & COARSE) n = 256 * sums[SUM_HIGH];
         sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(n * (1 << t->l->zero_log2)));
     }
     acc = w_fma(_mm512_cvtepi32_ps(sum), w_mul(d, da), acc);
-    size_t s_at = kind & COARSE ? t->acts.high_s_at : t->acts.s_at;
-    if (kind & MIN) acc = w_fma(m, w_set(((const float *)(row + s_at))[b]), acc);
+    if (kind & MIN) acc = w_fma(m, w_set(((const float *)(row + t->acts.s_at))[b]), acc);
     return acc;
 }
 
 /* An upper half counts 256 times. */
-INLINE __m512i join_sums(__m512i high, __m512i low, int kind)
+INLINE __m512i join_sums(__m512i high, __m512i low)
 {
-    __m512i sum = _mm512_slli_epi32(high, 8);
-    return kind & COARSE ? sum : _mm512_add_epi32(sum, low);
+    return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
 }
 
 INLINE void run_block(const tile *t, uint32_t b, int rows, int kind, wide *acc)
 {
     const uint8_t *scales = t->strip + (size_t)b * t->l->scale_bytes;
     const int n_parts = kind & HALVES ? 2 : 1, per_part = 8 / n_parts;
-    const int n_halves = kind & COARSE ? 1 : 2, n_sums = rows * n_halves;
     __m512i group[8];
     load_codes(t->strip + t->l->codes_at + (size_t)b * t->l->code_bytes, kind, group);
     wide m = kind & MIN ? load_scales(scales, n_parts, kind) : w_zero();
     for (int part = 0; part < n_parts; part++) {
         wide d = load_scales(scales, part, kind);
-        __m512i sum[TILE];
+        __m512i sum[2 * TILE];
 #pragma GCC unroll 8
-        for (int i = 0; i < n_sums; i++) sum[i] = _mm512_setzero_si512();
+        for (int i = 0; i < 2 * rows; i++) sum[i] = _mm512_setzero_si512();
 #pragma GCC unroll 8
         for (int g = 0; g < per_part; g++)
 #pragma GCC unroll 8
-            for (int i = 0; i < n_sums; i++) {
+            for (int i = 0; i < 2 * rows; i++) {
                 const int at = part * per_part + g;
-                const uint8_t *four = t->row + i / n_halves * t->acts.row_bytes +
-                                      i % n_halves * t->acts.low_at + (size_t)b * BLOCK + at * 4;
+                const uint8_t *four = t->row + i / 2 * t->acts.row_bytes + i % 2 * t->acts.low_at +
+                                      (size_t)b * BLOCK + at * 4;
                 sum[i] = _mm512_dpbusd_epi32(sum[i], group[at], broadcast_codes(four));
             }
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
-            __m512i joined = join_sums(sum[i * n_halves], sum[i * n_halves + n_halves - 1], kind);
+            __m512i joined = join_sums(sum[2 * i], sum[2 * i + 1]);
             acc[i] = finish(t, t->row + i * t->acts.row_bytes, b, part, joined, d, m, kind, acc[i]);
         }
     }
@@ -121,11 +122,10 @@ INLINE void run_tile(const tile *t, int rows, int kind)
 /* All activation rows, in tiles of as many as registers hold. */
 INLINE void run_rows_of(tile *t, uint32_t n, int kind)
 {
-    const uint32_t most = kind & COARSE ? TILE : TILE / 2;
     while (n > 0) {
-        uint32_t step = n >= most ? most : 1;
-        if (n >= most)
-            run_tile(t, (int)most, kind);
+        uint32_t step = n >= TILE ? TILE : 1;
+        if (n >= TILE)
+            run_tile(t, TILE, kind);
         else
             run_tile(t, 1, kind);
         t->row += step * t->acts.row_bytes;
@@ -144,21 +144,15 @@ typedef void (*tile_function)(tile *t, uint32_t n);
 TILE_FUNCTION(w4_zero_f16, 0)
 TILE_FUNCTION(w4_min_f16, MIN)
 TILE_FUNCTION(w4_min_f32, MIN | F32_SCALES)
-TILE_FUNCTION(w4_zero_f16_coarse, COARSE)
-TILE_FUNCTION(w4_min_f16_coarse, COARSE | MIN)
-TILE_FUNCTION(w4_min_f32_coarse, COARSE | MIN | F32_SCALES)
 TILE_FUNCTION(w8_zero_f16, W8)
 TILE_FUNCTION(w8_min_f16, W8 | MIN)
 TILE_FUNCTION(w8_min_f32, W8 | MIN | F32_SCALES)
 TILE_FUNCTION(w8_halves_f32, W8 | HALVES | F32_SCALES)
 
-static tile_function function_for(const choir_matrix *w, const quant_layout *l, bool coarse)
+static tile_function function_for(const choir_matrix *w, const quant_layout *l)
 {
-    if (w->layout == CHOIR_LAYOUT_W4) {
-        if (!l->min) return coarse ? w4_zero_f16_coarse : w4_zero_f16;
-        if (l->f32) return coarse ? w4_min_f32_coarse : w4_min_f32;
-        return coarse ? w4_min_f16_coarse : w4_min_f16;
-    }
+    if (w->layout == CHOIR_LAYOUT_W4)
+        return l->min ? l->f32 ? w4_min_f32 : w4_min_f16 : w4_zero_f16;
     if (l->n_groups == 2) return w8_halves_f32;
     return l->min ? l->f32 ? w8_min_f32 : w8_min_f16 : w8_zero_f16;
 }
@@ -168,7 +162,7 @@ static void quant_matmul(const choir_matrix *w, const choir_acts *acts, float *r
 {
     quant_layout l = choir_quant_layout(w);
     tile t = {.ldy = ldy, .l = &l, .acts = choir_acts_layout(w->cols)};
-    tile_function run = function_for(w, &l, acts->coarse);
+    tile_function run = function_for(w, &l);
     CHOIR_ASSERT(acts->q8 != NULL && begin % STRIP == 0);
     for (uint32_t first = 0; first < acts->n_rows; first += ROWS_AT_ONCE) {
         uint32_t left = acts->n_rows - first, n = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE;

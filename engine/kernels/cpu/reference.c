@@ -86,11 +86,9 @@ static void store_block(const acts_layout *l, uint8_t *row, uint32_t b, const in
         low[k] = (int8_t)(codes[k] - 256 * high[k]);
         words[k] = (int16_t)codes[k / 4 * 4 + order[k % 4]];
         sums[k / 16] += codes[k];
-        sums[SUM_HIGH] += high[k];
     }
     ((float *)(row + l->d_at))[b] = d;
     ((float *)(row + l->s_at))[b] = d * (float)(sums[SUM_FIRST] + sums[SUM_SECOND]);
-    ((float *)(row + l->high_s_at))[b] = d * (float)(256 * sums[SUM_HIGH]);
 }
 
 static void quantize(const float *x, uint32_t cols, void *q8, uint32_t begin, uint32_t end)
@@ -121,19 +119,17 @@ static int32_t code_of(bool w4, const uint8_t *codes, uint32_t r, uint32_t k)
     return w4 ? codes[group / 2 * 64 + at] >> (group % 2 * 4) & 15 : codes[group * 64 + at];
 }
 
-/* The upper half alone counts 256 times, so that one scale serves both precisions. */
-static int32_t act_of(const acts_layout *a, const uint8_t *row, uint32_t k, bool coarse)
+static int32_t act_of(const acts_layout *a, const uint8_t *row, uint32_t k)
 {
-    int32_t high = 256 * ((const int8_t *)row)[k];
-    return coarse ? high : high + ((const int8_t *)row)[a->low_at + k];
+    return 256 * ((const int8_t *)row)[k] + ((const int8_t *)row)[a->low_at + k];
 }
 
 static float quantised_dot(const choir_matrix *w, const quant_layout *l, const uint8_t *strip,
-                           uint32_t r, const uint8_t *row, bool coarse)
+                           uint32_t r, const uint8_t *row)
 {
     acts_layout a = choir_acts_layout(w->cols);
     const float *d = (const float *)(row + a.d_at);
-    const float *s = (const float *)(row + (coarse ? a.high_s_at : a.s_at));
+    const float *s = (const float *)(row + a.s_at);
     uint32_t n = BLOCK / l->n_groups;
     int32_t zero = l->min ? 0 : 1 << l->zero_log2;
     float y = 0;
@@ -144,7 +140,7 @@ static float quantised_dot(const choir_matrix *w, const quant_layout *l, const u
             int32_t sum = 0;
             for (uint32_t k = g * n; k < (g + 1) * n; k++)
                 sum += (code_of(w->layout == CHOIR_LAYOUT_W4, codes, r, k) - zero) *
-                       act_of(&a, row, b * BLOCK + k, coarse);
+                       act_of(&a, row, b * BLOCK + k);
             y = fmaf((float)sum, scale_of(l, scales, g * STRIP + r) * d[b], y);
         }
         if (l->min) y = fmaf(scale_of(l, scales, l->n_groups * STRIP + r), s[b], y);
@@ -157,13 +153,12 @@ static void quantised_matmul(const choir_matrix *w, const choir_acts *acts, floa
 {
     quant_layout l = choir_quant_layout(w);
     size_t row_bytes = choir_acts_layout(w->cols).row_bytes;
-    bool coarse = acts->coarse && w->layout == CHOIR_LAYOUT_W4;
     CHOIR_ASSERT(acts->q8 != NULL);
     for (uint32_t r = begin; r < end; r++) {
         const uint8_t *strip = (const uint8_t *)w->data + r / STRIP * l.strip_bytes;
         for (size_t i = 0; i < acts->n_rows; i++)
-            y[i * ldy + r] = quantised_dot(w, &l, strip, r % STRIP,
-                                           (const uint8_t *)acts->q8 + i * row_bytes, coarse);
+            y[i * ldy + r] =
+                quantised_dot(w, &l, strip, r % STRIP, (const uint8_t *)acts->q8 + i * row_bytes);
     }
 }
 

@@ -217,12 +217,10 @@ INLINE void store_block(const acts_layout *l, uint8_t *row, uint32_t b, block_wo
         _mm256_storeu_si256(words + i, _mm256_shufflehi_epi16(shuffled, 0xd8));
         sums[i] = sum_of_words(w.half[i]);
     }
-    sums[SUM_HIGH] = sum_of_words(_mm256_add_epi16(high[0], high[1]));
     _mm256_storeu_si256((__m256i *)row + b, join_bytes(high[0], high[1]));
     _mm256_storeu_si256((__m256i *)(row + l->low_at) + b, join_bytes(low[0], low[1]));
     ((float *)(row + l->d_at))[b] = d;
     ((float *)(row + l->s_at))[b] = d * (float)(sums[SUM_FIRST] + sums[SUM_SECOND]);
-    ((float *)(row + l->high_s_at))[b] = d * (float)(256 * sums[SUM_HIGH]);
 }
 
 static void quantize_row(const float *x, uint32_t cols, const acts_layout *l, uint8_t *row)
