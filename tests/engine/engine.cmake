@@ -3,6 +3,6 @@ if(TARGET choir_engine)
     choir_test(engine_files_test SOURCES files_test.c LINKS choir_engine PkgConfig::JANSSON)
     choir_test(engine_oracle_test SOURCES oracle_test.c sequence.c ../support/reference.c
                LINKS choir_engine)
-    choir_test(engine_smol_test SOURCES smol_test.c sequence.c LINKS choir_engine PkgConfig::JANSSON
+    choir_test(engine_smol_test SOURCES smol_test.c sequence.c ../support/smol_model.c LINKS choir_engine PkgConfig::JANSSON
                TIMEOUT 900)
 endif()

@@ -2,6 +2,7 @@
  * (tests/oracle/smol_oracle.py wrote tests/fixtures/smol/smol_oracle.json): logits, greedy answers,
  * perplexity in exact mode; the fast path against the exact one. */
 #include "tests/engine/sequence.h"
+#include "tests/support/smol_model.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -18,35 +19,15 @@
 #define GPL "/usr/share/common-licenses/GPL-3"
 enum { CONTEXT = 512, GPL_BYTES = 20000 };
 
-static char model_path[4096];
 static json_t *oracle;
-
-static bool find_model(void)
-{
-    const char *named = getenv("CHOIR_TEST_MODEL"), *home = getenv("HOME");
-    const char *cache = getenv("XDG_CACHE_HOME");
-    if (named != NULL)
-        snprintf(model_path, sizeof model_path, "%s", named);
-    else if (cache != NULL)
-        snprintf(model_path, sizeof model_path,
-                 "%s/choir/models/SmolLM2-135M-Instruct.Q4_1.gguf", cache);
-    else
-        snprintf(model_path, sizeof model_path,
-                 "%s/.cache/choir/models/SmolLM2-135M-Instruct.Q4_1.gguf", home ? home : "");
-    return choir_file_exists(model_path);
-}
 
 static choir_engine *open_engine(bool exact)
 {
-    if (model_path[0] == '\0') {
-        print_message("skipped: no SmolLM2 in the model cache; scripts/start puts it there\n");
-        skip();
-    }
     choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
     o.exact = exact;
     o.max_rows = CONTEXT;
     choir_engine *engine;
-    if (choir_engine_open(model_path, &o, &engine) != CHOIR_OK)
+    if (choir_engine_open(smol_model(), &o, &engine) != CHOIR_OK)
         fail_msg("%s", choir_error_message());
     return engine;
 }
@@ -175,7 +156,6 @@ static void test_perplexity(void **state)
 int main(void)
 {
     json_error_t error;
-    if (!find_model()) model_path[0] = '\0';
     oracle = json_load_file(ORACLE, 0, &error);
     if (oracle == NULL) {
         fprintf(stderr, "%s: %s\n", ORACLE, error.text);
