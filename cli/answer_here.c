@@ -1,16 +1,9 @@
 /* One request through a scheduler of this process. */
 #include "cli/answer.h"
+#include "engine/chat_variables.h"
 
 #include <string.h>
 #include <time.h>
-
-static void set_token_text(json_t *variables, const choir_tokenizer *t, const char *name,
-                           int32_t id)
-{
-    size_t bytes;
-    const char *piece = id < 0 ? NULL : choir_tokenizer_piece(t, (uint32_t)id, &bytes);
-    if (piece != NULL) json_object_set_new(variables, name, json_stringn(piece, bytes));
-}
 
 /* The conversation as the model's own template writes it, tokenized. */
 static choir_status chat_tokens(const choir_engine *engine, const json_t *messages, uint32_t **ids,
@@ -21,15 +14,13 @@ static choir_status chat_tokens(const choir_engine *engine, const json_t *messag
     if (t == NULL)
         return choir_fail(CHOIR_E_PRECONDITION,
                           "this model has no chat template; use `generate -p TEXT` without --chat");
-    json_t *variables =
-        json_pack("{s:O, s:b}", "messages", (json_t *)messages, "add_generation_prompt", 1);
+    json_t *variables = json_pack("{s:O}", "messages", (json_t *)messages);
     if (variables == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the conversation");
-    set_token_text(variables, tokenizer, "bos_token", choir_tokenizer_bos(tokenizer));
-    set_token_text(variables, tokenizer, "eos_token", choir_tokenizer_eos(tokenizer));
     char *text = NULL;
     size_t bytes;
-    choir_status status =
-        choir_chat_template_render(t, variables, (int64_t)time(NULL), &text, &bytes);
+    choir_status status = choir_chat_variables_set(variables, tokenizer, true);
+    if (status == CHOIR_OK)
+        status = choir_chat_template_render(t, variables, (int64_t)time(NULL), &text, &bytes);
     json_decref(variables);
     CHOIR_TRY(status);
     const choir_encode_options options = {.add_special = false, .parse_special = true};

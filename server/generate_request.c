@@ -1,5 +1,6 @@
 #include "server/generate_request.h"
 
+#include "engine/chat_variables.h"
 #include "server/message.h"
 
 #include <inttypes.h>
@@ -75,14 +76,6 @@ static choir_status put(json_t *object, const char *key, json_t *value)
     return json_object_set_new(object, key, value) == 0 ? CHOIR_OK : no_memory();
 }
 
-static choir_status put_token(json_t *object, const char *key, const choir_tokenizer *tokenizer,
-                              int32_t id)
-{
-    size_t bytes = 0;
-    const char *piece = id < 0 ? NULL : choir_tokenizer_piece(tokenizer, (uint32_t)id, &bytes);
-    return put(object, key, json_stringn(piece == NULL ? "" : piece, piece == NULL ? 0 : bytes));
-}
-
 static choir_status put_messages(json_t *variables, const Choir__V1__Chat *chat)
 {
     if (chat->n_messages == 0)
@@ -134,11 +127,7 @@ static choir_status fill_variables(const choir_server_model *model, const Choir_
         CHOIR_TRY(put(variables, "tools", tools));
     }
     bool open_turn = chat->_add_generation_prompt_case == 0 || chat->add_generation_prompt;
-    CHOIR_TRY(put(variables, "add_generation_prompt", json_boolean(open_turn)));
-    CHOIR_TRY(
-        put_token(variables, "bos_token", model->tokenizer, choir_tokenizer_bos(model->tokenizer)));
-    CHOIR_TRY(
-        put_token(variables, "eos_token", model->tokenizer, choir_tokenizer_eos(model->tokenizer)));
+    CHOIR_TRY(choir_chat_variables_set(variables, model->tokenizer, open_turn));
     return put_messages(variables, chat);
 }
 

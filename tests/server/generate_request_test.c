@@ -24,6 +24,7 @@ static int set_up(void **state)
     (void)state;
     static const char source[] = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
                                  "{% if tools %}{{ tools | length }}{% endif %}"
+                                 "{% if documents is not none %}!{% endif %}"
                                  "{% if add_generation_prompt %}>{% endif %}{{ style }}";
     char *json;
     size_t bytes;
