@@ -202,15 +202,24 @@ static choir_status make_credentials(const choir_server_options *o, grpc_server_
                         : choir_fail(CHOIR_E_INVALID, "the TLS certificate or key cannot be used");
 }
 
+/* gRPC tells only its log why a port cannot be had; with a bad certificate no port can. */
+static choir_status explain_no_port(choir_server *s, const char *address,
+                                    grpc_server_credentials *credentials)
+{
+    if (s->options.tls_certificate != NULL &&
+        grpc_server_add_http2_port(s->grpc, "127.0.0.1:0", credentials) == 0)
+        return choir_fail(CHOIR_E_INVALID,
+                          "the TLS certificate and key cannot be used: they must be PEM and a pair");
+    return choir_fail(CHOIR_E_IO, "cannot listen on %s: is it taken, or not an address of here?",
+                      address);
+}
+
 static choir_status bind_all(choir_server *s, grpc_server_credentials *credentials)
 {
     for (uint32_t i = 0; i < s->options.n_listen; i++) {
         const char *address = s->options.listen[i];
         int port = grpc_server_add_http2_port(s->grpc, address, credentials);
-        if (port == 0)
-            return choir_fail(CHOIR_E_IO,
-                              "cannot listen on %s: is it taken, or not an address of here?",
-                              address);
+        if (port == 0) return explain_no_port(s, address, credentials);
         const char *colon = strrchr(address, ':');
         bool is_path = strncmp(address, "unix:", 5) == 0;
         int host = is_path || colon == NULL ? (int)strlen(address) : (int)(colon - address);

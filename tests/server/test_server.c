@@ -29,7 +29,7 @@ static void parse(int argc, char **argv, arguments *a)
         {"slow-reader-ms", 1, NULL, 'r'}, {"stalled-after-ms", 1, NULL, 'h'},
         {"watchdog-exit-ms", 1, NULL, 'w'}, {"pause-ms", 1, NULL, 'P'},
         {"shutdown-ms", 1, NULL, 'd'}, {"stuck-ms", 1, NULL, 'u'}, {"max-calls", 1, NULL, 'c'},
-        {"certificate", 1, NULL, 'C'}, {"key", 1, NULL, 'K'}, {0}};
+        {"tls-cert", 1, NULL, 'C'}, {"tls-key", 1, NULL, 'K'}, {0}};
     // clang-format on
     for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         switch (c) {

@@ -126,6 +126,36 @@ def test_64_streams_at_once(shared, stub, help):
     help.pages_back(stubs[0])
 
 
+def with_logprobs(help, events):
+    """Tokens with everything that is said of them, bit for bit."""
+    assert events[-1].HasField("done")
+    return help.ids(events), [p.SerializeToString() for e in events if e.HasField("delta")
+                              for p in e.delta.logprobs]
+
+
+def test_same_answer_alone_and_among_31_others(shared, stub, help):
+    """Others join and leave all the while; the second time the prompt's pages are in the prefix cache."""
+    mine = help.request("The wolves came down to the river at night. " * 12, sampling={
+        "temperature": 0.8, "top_p": 0.95, "seed": 7, "logprobs": 3, "max_tokens": 32, "ignore_eos": True})
+    stubs = [stub(shared) for _ in range(4)]
+    alone = with_logprobs(help, list(stubs[0].Generate(mine, timeout=120)))
+    assert len(alone[0]) == 32
+
+    def other(i):
+        time.sleep(0.02 * (i % 8))
+        request = help.request(f"{i} green bottles. " * (1 + i % 7), sampling={
+            "temperature": i % 3 / 2, "seed": i, "max_tokens": 4 + 3 * (i % 9), "ignore_eos": True})
+        assert list(stubs[i % 4].Generate(request, timeout=300))[-1].HasField("done")
+
+    with concurrent.futures.ThreadPoolExecutor(31) as pool:
+        others = [pool.submit(other, i) for i in range(31)]
+        for _ in range(3):
+            assert with_logprobs(help, list(stubs[1].Generate(mine, timeout=300))) == alone
+        for o in others:
+            o.result()
+    help.pages_back(stubs[0])
+
+
 def test_cancel_frees_pages(choir, help):
     call = choir.Generate(help.request(sampling={"max_tokens": 500, "ignore_eos": True}), timeout=60)
     next(call)

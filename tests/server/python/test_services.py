@@ -1,6 +1,7 @@
 """ListModels, GetStats, tokens, health, reflection, keys."""
 import grpc
 import pytest
+import trustme
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -111,7 +112,6 @@ def test_reflection_of_every_kind(shared, version):
     assert answers[10].all_extension_numbers_response.base_type_name == "choir.v1.Sampling"
 
 
-@pytest.mark.simulated
 def test_api_key(launch, stub, help, pb):
     server = launch("--api-key", "sesame")
     s = stub(server)
@@ -132,7 +132,6 @@ def test_api_key(launch, stub, help, pb):
     assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-@pytest.mark.simulated
 def test_unix_socket(launch, rpc, pb, tmp_path):
     path = tmp_path / "choir.sock"
     launch("--listen", f"unix:{path}")
@@ -140,8 +139,37 @@ def test_unix_socket(launch, rpc, pb, tmp_path):
         assert rpc.ChoirStub(channel).ListModels(pb.ListModelsRequest(), timeout=5).models
 
 
-@pytest.mark.simulated
 def test_taken_port_is_refused(launch, shared):
     second = launch("--listen", shared.target, wait=False)
     assert second.wait_exit() == 1
     assert shared.target in second.process.stdout.read()
+
+
+def test_tls(launch, rpc, pb, help, tmp_path):
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost", "127.0.0.1")
+    roots, chain, key = (tmp_path / name for name in ("roots.pem", "chain.pem", "key.pem"))
+    authority.cert_pem.write_to_path(roots)
+    certificate.private_key_pem.write_to_path(key)
+    for blob in certificate.cert_chain_pems:
+        blob.write_to_path(chain, append=True)
+    server = launch("--tls-cert", str(chain), "--tls-key", str(key), wait=False)
+    credentials = grpc.ssl_channel_credentials(roots.read_bytes())
+    with grpc.secure_channel(server.target, credentials) as channel:
+        grpc.channel_ready_future(channel).result(timeout=60)
+        assert list(rpc.ChoirStub(channel).Generate(help.request(), timeout=60))[-1].HasField("done")
+    strangers = (grpc.ssl_channel_credentials(trustme.CA().cert_pem.bytes()), None)
+    for stranger in strangers:
+        with grpc.secure_channel(server.target, stranger) if stranger else \
+                grpc.insecure_channel(server.target) as channel:
+            with pytest.raises(grpc.RpcError) as error:
+                rpc.ChoirStub(channel).ListModels(pb.ListModelsRequest(), timeout=5)
+            assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_bad_tls_files_are_refused(launch, tmp_path):
+    bad = tmp_path / "bad.pem"
+    bad.write_text("-----BEGIN NONSENSE-----\n")
+    server = launch("--tls-cert", str(bad), "--tls-key", str(bad), wait=False)
+    assert server.wait_exit() == 1
+    assert "TLS" in server.process.stdout.read()
