@@ -1,4 +1,4 @@
-/* WHAT    What every folder may use: errors, memory, files, clock, log, progress, worker threads.
+/* WHAT    What every folder may use: errors, memory, files, clock, log, progress, threads.
  * OWNS    Nothing of its own; see the headers below.
  * THREADS As each header says.
  * ERRORS  choir_status everywhere (base/error.h).
@@ -12,4 +12,5 @@
 #include "base/memory.h"
 #include "base/options.h"
 #include "base/progress.h"
+#include "base/thread.h"
 #include "base/workers.h"

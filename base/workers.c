@@ -1,11 +1,9 @@
 #include "base/workers.h"
 
 #include "base/memory.h"
+#include "base/thread.h"
 
-#include <errno.h>
 #include <linux/futex.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -123,15 +121,9 @@ static choir_status start_helper(choir_workers *w, uint32_t index)
     seat *s = choir_alloc(CHOIR_MEM_OTHER, sizeof *s);
     if (s == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a worker thread");
     *s = (seat){w, index};
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int e = pthread_create(&w->threads[index], NULL, helper, s);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (e == 0) return CHOIR_OK;
-    choir_free(s);
-    errno = e;
-    return choir_fail(CHOIR_E_NO_MEMORY, "worker thread %u cannot be started: %m", index);
+    choir_status status = choir_thread_start(&w->threads[index], "choir-worker", helper, s);
+    if (status != CHOIR_OK) choir_free(s);
+    return status;
 }
 
 choir_status choir_workers_create(uint32_t n_workers, choir_workers **out)

@@ -1,5 +1,5 @@
 /* WHAT    A fork-join pool: the caller and n-1 helpers run one function together, then all meet again.
- * OWNS    Its threads. Signals are blocked in them.
+ * OWNS    Its threads.
  * THREADS One owner calls run(); it is worker 0.
  * ERRORS  create: CHOIR_E_NO_MEMORY when a thread cannot be made.
  * LIMITS  Helpers spin for a short while after a run, then sleep on a futex.

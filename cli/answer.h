@@ -25,15 +25,15 @@ typedef struct choir_cli_sampling_values {
     {"max-tokens", 'n', CHOIR_OPTION_COUNT, offsetof(type, member.max_tokens), "N",                              \
      "tokens to generate at most; 0: what fits", 0, 1e9},                                                        \
     {"temperature", 0, CHOIR_OPTION_REAL, offsetof(type, member.temperature), "T",                               \
-     "0: greedy; left out: the model's own", -1, 100},                                                           \
+     "0: greedy; left out: the model's own", 0, 100},                                                           \
     {"top-k", 0, CHOIR_OPTION_COUNT, offsetof(type, member.top_k), "K",                                          \
      "draw among the K best; 0: all", 0, 4294967295.0},                                                          \
     {"top-p", 0, CHOIR_OPTION_REAL, offsetof(type, member.top_p), "P",                                           \
-     "draw among the best that sum to P; 1: all", -1, 1},                                                        \
+     "draw among the best that sum to P; 1: all", 0, 1},                                                        \
     {"min-p", 0, CHOIR_OPTION_REAL, offsetof(type, member.min_p), "P",                                           \
      "drop what is below P times the best's probability", 0, 1},                                                 \
     {"repetition-penalty", 0, CHOIR_OPTION_REAL, offsetof(type, member.repetition_penalty), "R",                 \
-     "on tokens of prompt and answer; 1: off", -1, 10},                                                          \
+     "on tokens of prompt and answer; 1: off", 0, 10},                                                          \
     {"presence-penalty", 0, CHOIR_OPTION_REAL, offsetof(type, member.presence_penalty), "R",                     \
      "on tokens of the answer, once", -2, 2},                                                                    \
     {"frequency-penalty", 0, CHOIR_OPTION_REAL, offsetof(type, member.frequency_penalty), "R",                   \

@@ -16,6 +16,7 @@ typedef struct values {
     bool no_prefix_cache;
 } values;
 static const values defaults = {
+    .listen = {{"127.0.0.1:50051"}, 1},
     .kv_cache_dtype = "auto",
     .max_num_seqs = 32,
     .max_num_batched_tokens = 512,
@@ -28,7 +29,7 @@ static const choir_option options[] = {
     {"config", 0, CHOIR_OPTION_TEXT, offsetof(values, config), "FILE",
      "these options as a JSON object; the command line is stronger", 0, 0},
     {"listen", 0, CHOIR_OPTION_LIST, offsetof(values, listen), "HOST:PORT",
-     "gRPC address, or unix:/path; may be given again [127.0.0.1:50051]", 0, 0},
+     "gRPC address, or unix:/path; may be given again", 0, 0},
     {"http", 0, CHOIR_OPTION_TEXT, offsetof(values, http), "HOST:PORT",
      "HTTP gateway (not there yet)", 0, 0},
     {"memory", 0, CHOIR_OPTION_SIZE, offsetof(values, memory), "8GiB",
@@ -193,15 +194,14 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
 static choir_status serve(const values *v, hosted *models, uint32_t n, char *cert, char *key)
 {
     choir_server_model served[CHOIR_MAX_LIST];
-    static const char *const usual[] = {"127.0.0.1:50051"};
     choir_server_options o = CHOIR_SERVER_OPTIONS_DEFAULT;
     choir_server *server;
     for (uint32_t i = 0; i < n; i++) {
         served[i] = choir_server_model_of(models[i].name, models[i].engine, models[i].scheduler);
         served[i].max_tokens = (uint32_t)v->max_model_len;
     }
-    o.listen = v->listen.n > 0 ? v->listen.item : usual;
-    o.n_listen = v->listen.n > 0 ? v->listen.n : 1;
+    o.listen = v->listen.item;
+    o.n_listen = v->listen.n;
     o.api_keys = v->api_key.item;
     o.n_api_keys = v->api_key.n;
     o.tls_certificate = cert;
@@ -226,6 +226,17 @@ static choir_status read_pem(const char *path, char **out)
     return path == NULL ? CHOIR_OK : choir_file_read(path, 1 << 20, out, &bytes);
 }
 
+/* The server's loop takes them; gRPC's threads inherit the mask. Until now they ended the program at once:
+ * a model that loads has nothing to save. */
+static void block_signals(void)
+{
+    sigset_t taken;
+    sigemptyset(&taken);
+    sigaddset(&taken, SIGTERM);
+    sigaddset(&taken, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &taken, NULL);
+}
+
 static choir_status run(void *verb_values, choir_arguments *arguments)
 {
     const values *v = verb_values;
@@ -234,12 +245,6 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     char *cert = NULL, *key = NULL;
     choir_status status;
     CHOIR_TRY(refuse_later(v));
-    /* Threads inherit the mask: the server's own loop takes the signals. */
-    sigset_t taken;
-    sigemptyset(&taken);
-    sigaddset(&taken, SIGTERM);
-    sigaddset(&taken, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &taken, NULL);
     signal(SIGPIPE, SIG_IGN);
     fprintf(stderr, "choir: configuration:\n");
     choir_options_print_resolved(options, sizeof options / sizeof *options, v, arguments, stderr);
@@ -247,6 +252,7 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     CHOIR_TRY_TO(done, status, read_pem(v->tls_key, &key));
     for (uint32_t i = 0; i < n; i++)
         CHOIR_TRY_TO(done, status, open_model(v, i, arguments->positional[i], n, &models[i]));
+    block_signals();
     status = serve(v, models, n, cert, key);
 done:
     for (uint32_t i = 0; i < n; i++) {

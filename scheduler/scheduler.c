@@ -1,7 +1,6 @@
 /* The scheduler's face: create, submit, cancel, stats, drain, and the engine thread. */
 #include "scheduler/state.h"
 
-#include <signal.h>
 #include <string.h>
 
 /* Without work in sight the thread still looks at deadlines and slow readers this often. */
@@ -90,12 +89,7 @@ static choir_status make_tables(choir_scheduler *s)
 
 static choir_status start_thread(choir_scheduler *s)
 {
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int e = pthread_create(&s->thread, NULL, run_engine_thread, s);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (e != 0) return choir_fail(CHOIR_E_NO_MEMORY, "the engine thread cannot be started");
+    CHOIR_TRY(choir_thread_start(&s->thread, "choir-engine", run_engine_thread, s));
     s->threaded = true;
     return CHOIR_OK;
 }

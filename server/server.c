@@ -208,8 +208,9 @@ static choir_status explain_no_port(choir_server *s, const char *address,
 {
     if (s->options.tls_certificate != NULL &&
         grpc_server_add_http2_port(s->grpc, "127.0.0.1:0", credentials) == 0)
-        return choir_fail(CHOIR_E_INVALID,
-                          "the TLS certificate and key cannot be used: they must be PEM and a pair");
+        return choir_fail(
+            CHOIR_E_INVALID,
+            "the TLS certificate and key cannot be used: they must be PEM and a pair");
     return choir_fail(CHOIR_E_IO, "cannot listen on %s: is it taken, or not an address of here?",
                       address);
 }
@@ -271,27 +272,18 @@ static grpc_server *make_grpc_server(const choir_server_options *o)
     return grpc_server_create(&all, NULL);
 }
 
-static choir_status start_thread(pthread_t *thread, void *(*run)(void *), choir_server *s,
-                                 const char *name)
-{
-    int error = pthread_create(thread, NULL, run, s);
-    if (error != 0)
-        return choir_fail(CHOIR_E_NO_MEMORY, "cannot start a thread: %s", strerror(error));
-    pthread_setname_np(*thread, name);
-    return CHOIR_OK;
-}
-
 static choir_status start_threads(choir_server *s)
 {
-    CHOIR_TRY(start_thread(&s->completion_thread, run_completions, s, "choir-grpc"));
+    CHOIR_TRY(choir_thread_start(&s->completion_thread, "choir-grpc", run_completions, s));
     s->completion_started = true;
-    CHOIR_TRY(start_thread(&s->pump_thread, run_pump, s, "choir-pump"));
+    CHOIR_TRY(choir_thread_start(&s->pump_thread, "choir-pump", run_pump, s));
     s->pump_started = true;
     for (; s->n_parsers_started < s->options.n_parsers; s->n_parsers_started++)
-        CHOIR_TRY(start_thread(&s->parsers[s->n_parsers_started], run_parser, s, "choir-parse"));
+        CHOIR_TRY(
+            choir_thread_start(&s->parsers[s->n_parsers_started], "choir-parse", run_parser, s));
     for (int i = 0; i < SLOTS; i++) CHOIR_TRY(choir_call_await(s));
     atomic_store(&s->phase, CHOIR_PHASE_SERVING);
-    CHOIR_TRY(start_thread(&s->watch_thread, choir_watch_run, s, "choir-watch"));
+    CHOIR_TRY(choir_thread_start(&s->watch_thread, "choir-watch", choir_watch_run, s));
     s->watch_started = true;
     return CHOIR_OK;
 }

@@ -162,7 +162,7 @@ static void print_file(const char *task, const char *thread, const char *name)
     dprintf(STDERR_FILENO, " %s %s", name, text);
 }
 
-/* A thread that blocks the signal shows only its name and where in the kernel it waits. */
+/* A thread that blocks the signal (none of ours) shows only its name and where in the kernel it waits. */
 void choir_dump_stacks(void)
 {
     static const char task[] = "/proc/self/task";
