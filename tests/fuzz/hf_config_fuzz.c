@@ -1,0 +1,64 @@
+/* A config.json, and behind a zero byte a generation_config.json: read or refused; what passes the
+ * check has shapes that the token path can divide by. */
+#include "base/base.h"
+#include "engine/model_config.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static char folder[] = "/tmp/choir-fuzz-XXXXXX", config_path[64], generation_path[64];
+
+static void remove_folder(void)
+{
+    unlink(config_path);
+    unlink(generation_path);
+    rmdir(folder);
+}
+
+static void make_folder(void)
+{
+    CHOIR_ASSERT(mkdtemp(folder) != NULL);
+    snprintf(config_path, sizeof config_path, "%s/config.json", folder);
+    snprintf(generation_path, sizeof generation_path, "%s/generation_config.json", folder);
+    atexit(remove_folder);
+}
+
+static void write_file(const char *path, const uint8_t *data, size_t bytes)
+{
+    FILE *f = fopen(path, "wb");
+    CHOIR_ASSERT(f != NULL && fwrite(data, 1, bytes, f) == bytes && fclose(f) == 0);
+}
+
+static void check_config(const choir_model_config *c)
+{
+    CHOIR_ASSERT(c->family != NULL && c->n_layers > 0 && c->vocab > 0 && c->hidden > 0);
+    CHOIR_ASSERT(c->n_heads % c->n_kv_heads == 0 && c->rope.rotary_dims <= c->head_dim);
+    CHOIR_ASSERT(c->n_experts_used <= c->n_experts);
+    CHOIR_ASSERT(isfinite(c->norm_eps) && isfinite(c->rope.theta) && isfinite(c->rope.factor));
+    CHOIR_ASSERT(isfinite(c->temperature) && isfinite(c->top_p) && isfinite(c->repetition_penalty));
+    CHOIR_ASSERT(c->n_eos <= sizeof c->eos_ids / sizeof *c->eos_ids);
+    CHOIR_ASSERT(c->bos_id >= -1 && c->pad_id >= -1 && c->top_k >= 0);
+    for (uint32_t i = 0; i < c->n_eos; i++) CHOIR_ASSERT(c->eos_ids[i] >= 0);
+    CHOIR_ASSERT(memchr(c->name, '\0', sizeof c->name) != NULL);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
+{
+    if (config_path[0] == '\0') make_folder();
+    const uint8_t *zero = bytes > 0 ? memchr(data, 0, bytes) : NULL;
+    size_t config_bytes = zero != NULL ? (size_t)(zero - data) : bytes;
+    write_file(config_path, data, config_bytes);
+    unlink(generation_path);
+    if (zero != NULL) write_file(generation_path, zero + 1, bytes - config_bytes - 1);
+    choir_model_config c;
+    choir_status status = choir_config_read_hf(folder, &c);
+    if (status == CHOIR_OK) status = choir_config_check(folder, &c);
+    if (status == CHOIR_OK) check_config(&c);
+    CHOIR_ASSERT(status != CHOIR_E_INTERNAL && status != CHOIR_E_IO && status != CHOIR_E_NOT_FOUND);
+    return 0;
+}
