@@ -105,8 +105,10 @@ static choir_status read_shapes(const reader *r, choir_model_config *c)
 static void read_ids(const choir_gguf *gguf, choir_model_config *c)
 {
     int64_t id;
-    if (choir_gguf_integer(gguf, "tokenizer.ggml.bos_token_id", &id)) c->bos_id = (int32_t)id;
-    if (choir_gguf_integer(gguf, "tokenizer.ggml.padding_token_id", &id)) c->pad_id = (int32_t)id;
+    if (choir_gguf_integer(gguf, "tokenizer.ggml.bos_token_id", &id))
+        choir_config_set_id(c, id, &c->bos_id);
+    if (choir_gguf_integer(gguf, "tokenizer.ggml.padding_token_id", &id))
+        choir_config_set_id(c, id, &c->pad_id);
     if (choir_gguf_integer(gguf, "tokenizer.ggml.eos_token_id", &id)) choir_config_add_eos(c, id);
     if (choir_gguf_integer(gguf, "tokenizer.ggml.eot_token_id", &id)) choir_config_add_eos(c, id);
 }

@@ -52,7 +52,7 @@ static choir_status read_real(const reader *r, const json_t *object, const char 
 {
     const json_t *value = get(object, key);
     if (value == NULL) return CHOIR_OK;
-    if (!json_is_number(value) || !isfinite(json_number_value(value)))
+    if (!json_is_number(value) || !isfinite((float)json_number_value(value)))
         return choir_fail(CHOIR_E_FORMAT, "%s: '%s' is no number", r->path, key);
     *out = (float)json_number_value(value);
     return CHOIR_OK;
@@ -118,8 +118,8 @@ static choir_status read_ids(const reader *r, choir_model_config *c)
 {
     const json_t *bos = get(r->root, "bos_token_id"), *eos = get(r->root, "eos_token_id");
     const json_t *pad = get(r->root, "pad_token_id");
-    if (json_is_integer(bos)) c->bos_id = (int32_t)json_integer_value(bos);
-    if (json_is_integer(pad)) c->pad_id = (int32_t)json_integer_value(pad);
+    if (json_is_integer(bos)) choir_config_set_id(c, json_integer_value(bos), &c->bos_id);
+    if (json_is_integer(pad)) choir_config_set_id(c, json_integer_value(pad), &c->pad_id);
     if (json_is_integer(eos)) choir_config_add_eos(c, json_integer_value(eos));
     for (size_t i = 0; json_is_array(eos) && i < json_array_size(eos); i++)
         if (json_is_integer(json_array_get(eos, i)))

@@ -344,6 +344,11 @@ static void count_types(choir_model_file *f)
     }
 }
 
+void choir_config_set_id(const choir_model_config *c, int64_t id, int32_t *out)
+{
+    *out = id >= 0 && id < c->vocab ? (int32_t)id : -1;
+}
+
 void choir_config_add_eos(choir_model_config *c, int64_t id)
 {
     if (id < 0 || id >= c->vocab || c->n_eos == sizeof c->eos_ids / sizeof *c->eos_ids) return;

@@ -5,8 +5,6 @@
 
 #include <stdlib.h>
 
-enum { MAX_FRAGMENT = 1 << 20 }; /* bytes that stages may make of one token */
-
 typedef struct stage_state {
     choir_bytes held; /* what may still change */
     choir_bytes text; /* what is handed on */
@@ -19,10 +17,19 @@ struct choir_detokenizer {
     bool skip_special;
     choir_bytes out;
     choir_match match;
+    size_t fed; /* bytes of the tokens since the start: what stages may write is bounded by it */
+    size_t written;
     stage_state states[CHOIR_TOKENIZER_MAX_STEPS];
 };
 
 static choir_status give(choir_detokenizer *d, size_t stage, const char *text, size_t bytes);
+
+/* A hostile file could otherwise have one replacement multiply what another made. */
+static choir_status count_written(choir_detokenizer *d, size_t bytes)
+{
+    d->written += bytes;
+    return d->written <= choir_text_limit(d->fed) ? CHOIR_OK : choir_text_too_long(d->written);
+}
 
 /* ---- bytes to text: what is valid goes on, what is broken becomes U+FFFD, a cut character is kept
  */
@@ -128,8 +135,8 @@ static choir_status replace(choir_detokenizer *d, size_t i, const char *text, si
         if (!found) break;
         CHOIR_TRY(choir_bytes_append(out, text + last, begin - last));
         CHOIR_TRY(choir_bytes_append(out, stage->content, stage->content_bytes));
+        CHOIR_TRY(count_written(d, stage->content_bytes));
         last = end;
-        if (out->n > MAX_FRAGMENT && out->n > 64 * bytes) return choir_text_too_long(out->n);
     }
     CHOIR_TRY(choir_bytes_append(out, text + last, bytes - last));
     return give(d, i + 1, out->data, out->n);
@@ -218,6 +225,7 @@ static choir_status finish(choir_detokenizer *d)
         s->begun = false;
         s->n_stripped = 0;
     }
+    d->fed = d->written = 0;
     return CHOIR_OK;
 }
 
@@ -236,7 +244,9 @@ static choir_status feed(choir_detokenizer *d, uint32_t id)
     if (!choir_vocab_has(&t->vocab, id)) return CHOIR_OK; /* a hole has no text */
     uint8_t flags = t->vocab.flags[id];
     if (d->skip_special && (flags & CHOIR_ID_SKIPPED)) return CHOIR_OK;
-    choir_match_allow(&d->match, t->vocab.length[id]);
+    if (d->fed == 0) choir_match_allow(&d->match, 0);
+    choir_match_allow_more(&d->match, t->vocab.length[id]);
+    d->fed += t->vocab.length[id];
     if (flags & CHOIR_ID_NORMAL) {
         const choir_added_token *a = bsearch(&id, t->added, t->n_added, sizeof *a, by_id);
         CHOIR_ASSERT(a != NULL);

@@ -119,7 +119,13 @@ bool choir_pattern_is_character(const choir_pattern *p)
 
 void choir_match_allow(choir_match *m, size_t bytes)
 {
-    m->budget = (uint64_t)100000000 + 2000 * (uint64_t)bytes;
+    m->budget = 100000000;
+    choir_match_allow_more(m, bytes);
+}
+
+void choir_match_allow_more(choir_match *m, size_t bytes)
+{
+    m->budget += 2000 * (uint64_t)bytes;
 }
 
 void choir_match_free(choir_match *m)

@@ -30,6 +30,7 @@ typedef struct choir_match {
 
 /* Grants the steps that a text of this length may cost in all. */
 void choir_match_allow(choir_match *match, size_t bytes);
+void choir_match_allow_more(choir_match *match, size_t bytes);
 void choir_match_free(choir_match *match);
 
 /* Starts a walk over valid UTF-8, then gives match after match; *found is false behind the last. */

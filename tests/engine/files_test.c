@@ -188,6 +188,8 @@ static void test_safetensors_hostile(void **state)
 }
 
 /* A folder with one field of the tiny llama's config.json changed. */
+static choir_model_config changed; /* of the last folder that opened */
+
 static choir_status open_changed(const char *key, json_t *value)
 {
     char folder[] = "/tmp/choir-files-XXXXXX", path[256];
@@ -207,7 +209,10 @@ static choir_status open_changed(const char *key, json_t *value)
     assert_int_equal(symlink(target, path), 0);
     choir_model_file *file;
     choir_status status = choir_model_file_open(folder, &file);
-    if (status == CHOIR_OK) choir_model_file_close(file);
+    if (status == CHOIR_OK) {
+        changed = *choir_model_file_config(file);
+        choir_model_file_close(file);
+    }
     unlink(path);
     snprintf(path, sizeof path, "%s/config.json", folder);
     unlink(path);
@@ -232,6 +237,25 @@ static void test_configurations(void **state)
     assert_int_equal(open_changed("rope_parameters", json_pack("{s:s}", "rope_type", "yarn")),
                      CHOIR_E_UNIMPLEMENTED);
     assert_int_equal(open_changed("model_type", NULL), CHOIR_E_FORMAT);
+    assert_int_equal(open_changed("rms_norm_eps", json_real(1e300)), CHOIR_E_FORMAT);
+    assert_int_equal(
+        open_changed("rope_parameters", json_pack("{s:s, s:f}", "rope_type", "linear", "factor", 1e300)),
+        CHOIR_E_FORMAT);
+}
+
+static void test_ids_beyond_the_vocabulary_are_none(void **state)
+{
+    (void)state;
+    static const json_int_t ids[] = {-2, 512, INT64_C(1) << 32, INT64_MIN};
+    for (size_t i = 0; i < sizeof ids / sizeof *ids; i++) {
+        assert_int_equal(open_changed("bos_token_id", json_integer(ids[i])), CHOIR_OK);
+        assert_int_equal(changed.bos_id, -1);
+        assert_int_equal(open_changed("eos_token_id", json_pack("[I, i]", ids[i], 511)), CHOIR_OK);
+        assert_int_equal(changed.n_eos, 1);
+        assert_int_equal(changed.eos_ids[0], 511);
+    }
+    assert_int_equal(open_changed("pad_token_id", json_integer(511)), CHOIR_OK);
+    assert_int_equal(changed.pad_id, 511);
 }
 
 static void test_lack_of_memory(void **state)
@@ -261,6 +285,7 @@ int main(void)
         cmocka_unit_test(test_gguf_hostile),
         cmocka_unit_test(test_safetensors_hostile),
         cmocka_unit_test(test_configurations),
+        cmocka_unit_test(test_ids_beyond_the_vocabulary_are_none),
         cmocka_unit_test(test_lack_of_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -40,7 +40,8 @@ static void check_config(const choir_model_config *c)
     CHOIR_ASSERT(isfinite(c->norm_eps) && isfinite(c->rope.theta) && isfinite(c->rope.factor));
     CHOIR_ASSERT(isfinite(c->temperature) && isfinite(c->top_p) && isfinite(c->repetition_penalty));
     CHOIR_ASSERT(c->n_eos <= sizeof c->eos_ids / sizeof *c->eos_ids);
-    CHOIR_ASSERT(c->bos_id >= -1 && c->pad_id >= -1 && c->top_k >= 0);
+    CHOIR_ASSERT(c->bos_id >= -1 && c->bos_id < (int64_t)c->vocab && c->pad_id < (int64_t)c->vocab);
+    CHOIR_ASSERT(c->pad_id >= -1 && c->top_k >= 0);
     for (uint32_t i = 0; i < c->n_eos; i++) CHOIR_ASSERT(c->eos_ids[i] >= 0);
     CHOIR_ASSERT(memchr(c->name, '\0', sizeof c->name) != NULL);
 }
