@@ -2,6 +2,7 @@
  * ids. */
 #include "base/base.h"
 #include "engine/tokenizer.h"
+#include "tests/support/tokenizer_case.h"
 
 #include <jansson.h>
 #include <setjmp.h>
@@ -14,28 +15,9 @@
 
 #define ROOT "tests/fixtures/tokenizer"
 
-/* The tokenizer of a case; see tests/engine/tokenizer_test.c. */
 static choir_tokenizer *open_case(const char *name)
 {
-    char path[256];
-    json_error_t error;
-    snprintf(path, sizeof path, ROOT "/cases/%s.json", name);
-    json_t *root = json_load_file(path, JSON_ALLOW_NUL, &error);
-    assert_non_null(root);
-    json_t *tokenizer = json_object_get(root, "tokenizer");
-    json_t *model = json_object_get(tokenizer, "model");
-    snprintf(path, sizeof path, ROOT "/models/%s.json",
-             json_string_value(json_object_get(model, "file")));
-    json_t *bpe = json_load_file(path, JSON_ALLOW_NUL, &error);
-    assert_non_null(bpe);
-    json_object_update(bpe, model);
-    json_object_set_new(tokenizer, "model", bpe);
-    char *json = json_dumps(tokenizer, JSON_COMPACT);
-    choir_tokenizer *t;
-    assert_int_equal(choir_tokenizer_parse_json(json, strlen(json), &t), CHOIR_OK);
-    free(json);
-    json_decref(root);
-    return t;
+    return tokenizer_case_open(ROOT, name);
 }
 
 /* Valid UTF-8 as a reader would see it: no cut character at either end. */

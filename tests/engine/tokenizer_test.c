@@ -3,6 +3,7 @@
 #include "base/base.h"
 #include "engine/gguf.h"
 #include "engine/tokenizer.h"
+#include "tests/support/tokenizer_case.h"
 
 #include <dirent.h>
 #include <jansson.h>
@@ -23,20 +24,6 @@ static json_t *load(const char *path)
     json_t *root = json_load_file(path, JSON_ALLOW_NUL, &error);
     if (root == NULL) fail_msg("%s: %s", path, error.text);
     return root;
-}
-
-/* A case's tokenizer.json: its parts and the model that it names. */
-static char *assemble(json_t *root)
-{
-    char path[PATH_MAX];
-    json_t *tokenizer = json_object_get(root, "tokenizer");
-    json_t *model = json_object_get(tokenizer, "model");
-    snprintf(path, sizeof path, ROOT "/models/%s.json",
-             json_string_value(json_object_get(model, "file")));
-    json_t *bpe = load(path);
-    json_object_update(bpe, model);
-    json_object_set_new(tokenizer, "model", bpe);
-    return json_dumps(tokenizer, JSON_COMPACT);
 }
 
 static void check_ids(const char *name, const choir_tokenizer *t, const json_t *text,
@@ -74,7 +61,7 @@ static void check_file(const char *name, const json_t *texts)
     char path[PATH_MAX];
     snprintf(path, sizeof path, ROOT "/cases/%s", name);
     json_t *root = load(path), *cases = json_object_get(root, "cases");
-    char *json = assemble(root);
+    char *json = tokenizer_case_json(ROOT, root);
     choir_tokenizer *t;
     if (choir_tokenizer_parse_json(json, strlen(json), &t) != CHOIR_OK)
         fail_msg("%s: %s", name, choir_error_message());
@@ -157,11 +144,54 @@ static void smollm_from_gguf_gives_the_reference_ids(void **state)
     choir_tokenizer_destroy(t);
 }
 
+/* ---- a text of many scripts, emoji, code and odd spaces: all ids, by their hash. The same on a
+ * megabyte: tests/oracle/compare_tokenizer.py. */
+static uint64_t hash_of(const uint32_t *ids, size_t n)
+{
+    uint64_t h = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < n; i++)
+        for (int byte = 0; byte < 4; byte++) h = (h ^ (ids[i] >> 8 * byte & 0xFF)) * 0x100000001B3u;
+    return h;
+}
+
+static void check_mixed(const char *name, const choir_tokenizer *t, const char *text, size_t bytes,
+                        const json_t *want)
+{
+    uint32_t *ids;
+    size_t n;
+    assert_int_equal(choir_tokenizer_encode(t, text, bytes, CHOIR_ENCODE_OPTIONS_DEFAULT, &ids, &n),
+                     CHOIR_OK);
+    uint64_t hash = strtoull(json_string_value(json_array_get(want, 1)), NULL, 16);
+    if ((json_int_t)n != json_integer_value(json_array_get(want, 0)) || hash_of(ids, n) != hash)
+        fail_msg("%s: %zu ids of mixed.txt, other ones than the reference", name, n);
+    choir_free(ids);
+}
+
+static void a_text_of_many_scripts_gives_the_reference_ids(void **state)
+{
+    (void)state;
+    char *text;
+    size_t bytes;
+    json_t *all = load(ROOT "/mixed.json"), *want;
+    const char *name;
+    assert_int_equal(choir_file_read(ROOT "/mixed.txt", 1 << 20, &text, &bytes), CHOIR_OK);
+    json_object_foreach(all, name, want)
+    {
+        bool gguf = strcmp(name, "gguf") == 0;
+        choir_tokenizer *t = gguf ? open_smol() : tokenizer_case_open(ROOT, name);
+        if (t != NULL) check_mixed(name, t, text, bytes, want);
+        choir_tokenizer_destroy(t);
+    }
+    choir_free(text);
+    json_decref(all);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_component_gives_the_reference_ids),
         cmocka_unit_test(smollm_from_gguf_gives_the_reference_ids),
+        cmocka_unit_test(a_text_of_many_scripts_gives_the_reference_ids),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -5,8 +5,9 @@
 
 CHOIR is the program. --gguf compares a GGUF file's own tokenizer (byte-level BPE). --fixtures compares
 every pre-tokenizer pattern of tests/fixtures/tokenizer, each in a folder with a tiny model beside it. With
---time the text grows fourfold, and becomes one word. Exit status 1 if any id differs. Needs Python with
-tokenizers and gguf."""
+--time the text grows fourfold, and becomes one word. Exit status 1 if any id differs. With --record nothing
+is compared: the text goes to mixed.txt of the fixtures' tokenizer folder, and what Hugging Face makes of it
+(per tokenizer the number of ids and their hash) to mixed.json. Needs Python with tokenizers and gguf."""
 import argparse
 import json
 import pathlib
@@ -135,6 +136,27 @@ def compare(name, want, got, hf):
     return False
 
 
+def hash_of(ids):
+    """FNV-1a over the ids' bytes, lowest first, as tests/engine/tokenizer_test.c does it"""
+    h = 0xCBF29CE484222325
+    for byte in b"".join(i.to_bytes(4, "little") for i in ids):
+        h = (h ^ byte) * 0x100000001B3 & (1 << 64) - 1
+    return f"{h:016x}"
+
+
+def record(gguf, fixtures, text):
+    tokenizers = {"gguf": gguf_tokenizer(gguf)} if gguf else {}
+    for path in sorted((fixtures / "tokenizer/cases").glob("*.json")):
+        tokenizers[path.stem] = Tokenizer.from_str(case_json(fixtures, path))
+    found = {}
+    for name, hf in tokenizers.items():
+        ids = hf.encode(text).ids
+        found[name] = [len(ids), hash_of(ids)]
+    (fixtures / "tokenizer/mixed.txt").write_bytes(text.encode())
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in found.items())
+    (fixtures / "tokenizer/mixed.json").write_text("{" + lines + "}\n")
+
+
 def folder_of(tiny, json_text, folder):
     """a model folder with this tokenizer: the tiny model's files, by link"""
     folder.mkdir()
@@ -168,8 +190,10 @@ def main():
     a.add_argument("--only", default="", help="only cases whose name has this in it")
     a.add_argument("--bytes", type=int, default=1 << 20)
     a.add_argument("--time", action="store_true")
+    a.add_argument("--record", action="store_true")
     a = a.parse_args()
     text, same = mixed_text(a.bytes), True
+    if a.record: return record(a.gguf, a.fixtures, text)
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
         file = work / "text"
