@@ -29,7 +29,7 @@ static void trim_cut_character(char *text)
     if (want > 1 && n - (start - 1) < want) text[start - 1] = '\0';
 }
 
-choir_status choir_fail(choir_status status, const char *format, ...)
+choir_status(choir_fail)(choir_status status, const char *format, ...)
 {
     CHOIR_ASSERT(status != CHOIR_OK);
     int saved = errno;

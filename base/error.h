@@ -43,6 +43,8 @@ typedef enum choir_status {
 
 /* Records the sentence for this thread and returns `status` (never CHOIR_OK). %m is errno. */
 choir_status choir_fail(choir_status status, const char *format, ...) CHOIR_PRINTF(2, 3);
+/* Spelled out for the compiler, which then sees that a caller's outputs are set whenever it goes on. */
+#define choir_fail(status, ...) ((void)choir_fail(status, __VA_ARGS__), (status))
 /* Puts "what: " before this thread's sentence; for context a lower layer cannot know. */
 choir_status choir_fail_in(choir_status status, const char *format, ...) CHOIR_PRINTF(2, 3);
 const char *choir_error_message(void);             /* this thread's sentence */
