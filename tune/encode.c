@@ -33,12 +33,18 @@ static bool encode_bf16(const float *x, uint32_t n, uint8_t *out)
     return true;
 }
 
+/* 0 where the scale's inverse is no number: the scale itself is 0 then, in f16. */
+static float inverse_of(float d)
+{
+    return d != 0 && isfinite(1 / d) ? 1 / d : 0;
+}
+
 /* d = max |x| / 127, q = x / d rounded with ties away from zero */
 static bool encode_q8_0(const float *x, uint8_t *out)
 {
     float max = 0;
     for (int i = 0; i < BLOCK; i++) max = fmaxf(max, fabsf(x[i]));
-    float d = max / 127, inverse = d == 0 ? 0 : 1 / d;
+    float d = max / 127, inverse = inverse_of(d);
     if (d > F16_MAX) return false;
     put_f16(d, out);
     for (int i = 0; i < BLOCK; i++) out[2 + i] = (uint8_t)(int8_t)roundf(x[i] * inverse);
@@ -54,7 +60,7 @@ static bool encode_q4_1(const float *x, uint8_t *out)
         min = fminf(min, x[i]);
         max = fmaxf(max, x[i]);
     }
-    float d = (max - min) / 15, inverse = d == 0 ? 0 : 1 / d;
+    float d = (max - min) / 15, inverse = inverse_of(d);
     if (d > F16_MAX || fabsf(min) > F16_MAX) return false;
     put_f16(d, out);
     put_f16(min, out + 2);

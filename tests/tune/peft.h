@@ -1,0 +1,21 @@
+/* What the upcycling tests need on disk: a random LoRA adapter on the MLP as PEFT writes it, and a
+ * dense model with an adapter merged, made here without choir's own merge: W + scale B A, in f32.
+ */
+#pragma once
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct lora_shape {
+    uint32_t n_layers, hidden, ffn, rank;
+    float scale, size; /* size: of the random factors; 0: B is zero, so the adapter does nothing */
+} lora_shape;
+
+enum { GATE_PROJ, UP_PROJ, DOWN_PROJ, N_PROJ };
+
+/* Makes `folder` with adapter_config.json and adapter_model.safetensors; the factors depend on the
+ * seed. */
+void write_adapter(const char *folder, const lora_shape *shape, uint32_t seed);
+/* Makes `folder`, the model of `base` in F32 with that same adapter merged. */
+void write_merged(const char *base, const char *folder, const lora_shape *shape, uint32_t seed);
+void write_text(const char *folder, const char *name, const char *text);
+void remove_folder(const char *folder);
