@@ -155,6 +155,19 @@ static choir_status prepare(const choir_pattern *p, choir_match *m)
     return CHOIR_OK;
 }
 
+/* PCRE2 comes by behind every repetition, forwards or on its way back. The way since the last time
+ * is what the repetition took. */
+static int count_steps(pcre2_callout_block *block, void *user)
+{
+    choir_match *m = user;
+    size_t now = block->current_position;
+    size_t steps = 1 + (now > m->counted_to ? now - m->counted_to : m->counted_to - now);
+    m->counted_to = now;
+    if (steps > m->budget) return PCRE2_ERROR_CALLOUT;
+    m->budget -= steps;
+    return 0;
+}
+
 /* A search with growing limits: cheap ones are free, dear ones are paid from the budget of the
  * text, so that all searches of one encode together cost no more than a constant times its length.
  */
@@ -163,6 +176,8 @@ static choir_status search(const choir_pattern *p, choir_match *m, int *result)
     CHOIR_TRY(prepare(p, m));
     uint32_t limit = CHEAP_STEPS;
     bool jit = p->jit;
+    m->counted_to = m->at;
+    pcre2_set_callout(m->context, count_steps, m);
     for (;;) {
         pcre2_set_match_limit(m->context, limit);
         PCRE2_SPTR text = (PCRE2_SPTR)m->text;

@@ -25,6 +25,7 @@ typedef struct choir_match {
     /* the walk over one subject */
     const char *text;
     size_t bytes, at, last_end;
+    size_t counted_to; /* where the search was when its steps were last counted */
     bool matched;
 } choir_match;
 

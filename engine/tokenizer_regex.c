@@ -4,7 +4,9 @@
  *   [a[bc]] [a&&b]            nested sets and intersections become alternations and lookaheads
  *   x{2,3}+ x{2}? x{,3}       (?:x{2,3})+ (?:x{2})? x{0,3}: possessive or lazy only in Perl
  *   (?m: (?i)                 Ruby's m is PCRE2's s; a bare (?i) embraces the alternatives behind
- * it \v \xE9 \R \K \1 (?(      the vertical tab; the others are refused */
+ * it \v \xE9 \R \K \1 (?(      the vertical tab; the others are refused
+ * Behind every repetition comes a callout, by which the steps of a match are counted: the JIT itself
+ * counts no loop over single characters. */
 #include "engine/tokenizer_regex.h"
 
 #include "engine/tokenizer_unicode.h"
@@ -14,7 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { MAX_DEPTH = 60 };
+enum { MAX_DEPTH = 60, MAX_TRANSLATED = 1 << 20 /* beyond what PCRE2 compiles anyway */ };
 
 typedef struct group {
     size_t start;    /* of its text in `out` */
@@ -484,6 +486,12 @@ static choir_status open_group(translation *t)
     return put(t->out, options);
 }
 
+static choir_status put_count(translation *t)
+{
+    t->atom = SIZE_MAX;
+    return put(t->out, "(?C1)");
+}
+
 static choir_status close_group(translation *t)
 {
     if (t->n_groups <= 1)
@@ -552,9 +560,9 @@ static choir_status interval(translation *t)
     } else if (next == '?') {
         CHOIR_TRY(put(t->out, "?"));
         t->at++;
-        t->atom = SIZE_MAX;
+        return put_count(t);
     } else {
-        t->atom = SIZE_MAX;
+        return put_count(t);
     }
     return CHOIR_OK;
 }
@@ -567,14 +575,15 @@ static choir_status quantifier(translation *t)
     char text[3] = {t->source[t->at++], '\0', '\0'};
     if (t->at < t->bytes && (t->source[t->at] == '?' || t->source[t->at] == '+'))
         text[1] = t->source[t->at++];
-    t->atom = SIZE_MAX;
-    return put(t->out, text);
+    CHOIR_TRY(put(t->out, text));
+    return put_count(t);
 }
 
 static choir_status translate(translation *t)
 {
     while (t->at < t->bytes) {
         char c = t->source[t->at];
+        if (t->out->n > MAX_TRANSLATED) return refuse(t, "an expression this long, its classes written out,");
         switch (c) {
         case '\\':
             t->atom = t->out->n;

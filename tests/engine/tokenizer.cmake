@@ -4,3 +4,6 @@ choir_test(tokenizer_test
 choir_test(detokenizer_test
     SOURCES ${CMAKE_CURRENT_LIST_DIR}/detokenizer_test.c ${CMAKE_SOURCE_DIR}/tests/support/tokenizer_case.c
     LINKS choir_tokenizer)
+choir_test(tokenizer_hostile_test
+    SOURCES ${CMAKE_CURRENT_LIST_DIR}/tokenizer_hostile_test.c
+    LINKS choir_tokenizer)

@@ -1,5 +1,4 @@
-/* Text to ids against what Hugging Face tokenizers gave (tests/oracle/make_tokenizers.py), and the
- * faults that a hostile file or text can bring. */
+/* Text to ids against what Hugging Face tokenizers gave (tests/oracle/make_tokenizers.py). */
 #include "base/base.h"
 #include "engine/gguf.h"
 #include "engine/tokenizer.h"
