@@ -197,11 +197,13 @@ static choir_status read_bpe(reader *r)
 {
     choir_tokenizer *t = r->t;
     const pre_tokenizer *pre = NULL;
+    choir_normal_step *normal;
     choir_split_step *split;
     choir_decode_stage *stage;
     CHOIR_TRY(find_pre(r, &pre));
     CHOIR_TRY(read_merges(r));
     t->bpe.ignore_merges = pre->ignore_merges;
+    if (pre->nfc) CHOIR_TRY(choir_tokenizer_add_normal(t, CHOIR_NORMAL_NFC, &normal));
     for (size_t i = 0; i < 6 && pre->patterns[i] != NULL; i++) {
         CHOIR_TRY(choir_tokenizer_add_split(t, CHOIR_SPLIT_PATTERN, &split));
         CHOIR_TRY(choir_pattern_compile(KEY("pre"), pre->patterns[i], strlen(pre->patterns[i]),

@@ -13,6 +13,7 @@ typedef struct pre_tokenizer {
     const char *patterns[6]; /* each cuts the pieces of the one before, matches isolated */
     bool ignore_merges;      /* a word that is a token is that token, whatever the merges say */
     bool add_bos;            /* unless the file says otherwise */
+    bool nfc;                /* text is composed before it is cut */
     bool characters;         /* spaces become marks, text stays characters: no GPT-2 bytes */
 } pre_tokenizer;
 
@@ -65,11 +66,12 @@ static const pre_tokenizer pre_tokenizers[] = {
      {WORDS_WITH_DIGITS("\\p{N}{1,3}")}, .ignore_merges = true, .add_bos = true},
     {" dbrx smaug-bpe chatglm-bpe ", {WORDS_WITH_DIGITS("\\p{N}{1,3}")}},
     {" glm4 glm5 ", {WORDS_WITH_DIGITS("\\p{N}{1,3}")}, .ignore_merges = true},
-    {" qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan solar-open grok-2 kormo f2llmv2 ",
+    {" qwen2 ", {WORDS_WITH_DIGITS("\\p{N}")}, .nfc = true},
+    {" deepseek-r1-qwen stablelm2 megrez hunyuan solar-open grok-2 kormo f2llmv2 ",
      {WORDS_WITH_DIGITS("\\p{N}")}},
     {" qwen35 ",
      {CONTRACTIONS "|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}| ?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*|"
-      LINES_AND_SPACES}},
+      LINES_AND_SPACES}, .nfc = true},
     {" minicpm5 ", {"\\p{N}{1,3}", WORDS_WITH_DIGITS("\\p{N}+")}, .ignore_merges = true},
     {" seed-coder ",
      {CONTRACTIONS "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}\\r\\n]+|" LINES_AND_SPACES}},

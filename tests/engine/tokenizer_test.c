@@ -2,6 +2,7 @@
 #include "base/base.h"
 #include "engine/gguf.h"
 #include "engine/tokenizer.h"
+#include "tests/support/gguf_image.h"
 #include "tests/support/tokenizer_case.h"
 
 #include <dirent.h>
@@ -185,12 +186,83 @@ static void a_text_of_many_scripts_gives_the_reference_ids(void **state)
     json_decref(all);
 }
 
+/* ---- what a GGUF file names, against the tokenizer.json of the same model */
+static void put_model(gguf_image *image, const json_t *model)
+{
+    const json_t *vocab = json_object_get(model, "vocab"),
+                 *merges = json_object_get(model, "merges");
+    size_t n = json_object_size(vocab), i;
+    const char **pieces = calloc(n, sizeof *pieces), *piece;
+    json_t *id, *merge;
+    json_object_foreach((json_t *)vocab, piece, id) pieces[json_integer_value(id)] = piece;
+    gguf_put_array(image, "tokenizer.ggml.tokens", GGUF_STRING, n);
+    for (i = 0; i < n; i++) gguf_put_text(image, (choir_text){pieces[i], strlen(pieces[i])});
+    gguf_put_array(image, "tokenizer.ggml.token_type", GGUF_I32, n);
+    for (i = 0; i < n; i++) gguf_put(image, &(int32_t){i < 3 ? 3 : 1}, sizeof(int32_t));
+    gguf_put_array(image, "tokenizer.ggml.merges", GGUF_STRING, json_array_size(merges));
+    json_array_foreach(merges, i, merge)
+    {
+        char text[256];
+        int bytes =
+            snprintf(text, sizeof text, "%s %s", json_string_value(json_array_get(merge, 0)),
+                     json_string_value(json_array_get(merge, 1)));
+        gguf_put_text(image, (choir_text){text, (size_t)bytes});
+    }
+    free(pieces);
+}
+
+static choir_tokenizer *open_pre(const json_t *model, const char *pre)
+{
+    gguf_image image = {0};
+    choir_gguf *gguf;
+    choir_tokenizer *t;
+    gguf_image_begin(&image);
+    gguf_put_key(&image, "tokenizer.ggml.model", GGUF_STRING);
+    gguf_put_text(&image, (choir_text){"gpt2", 4});
+    gguf_put_key(&image, "tokenizer.ggml.pre", GGUF_STRING);
+    gguf_put_text(&image, (choir_text){pre, strlen(pre)});
+    gguf_put_u32(&image, "tokenizer.ggml.bos_token_id", 1);
+    put_model(&image, model);
+    gguf_image_end(&image);
+    assert_int_equal(choir_gguf_parse("image", image.bytes, image.n, &gguf), CHOIR_OK);
+    if (choir_tokenizer_parse_gguf(gguf, &t) != CHOIR_OK) fail_msg("%s", choir_error_message());
+    choir_gguf_close(gguf);
+    gguf_image_free(&image);
+    return t;
+}
+
+static void pre_tokenizers_of_gguf_agree_with_tokenizer_json(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *pre, *json;
+    } same[] = {
+        {"gpt-2", "gpt2"},        {"smollm", "smollm"},      {"llama-bpe", "llama3"},
+        {"qwen2", "qwen2"},       {"qwen35", "qwen35"},      {"deepseek-v3", "deepseek3"},
+        {"gpt-4o", "gpt4o"},      {"bloom", "bloom"},        {"deepseek-coder", "deepseek-coder"},
+        {"superbpe", "superbpe"}, {"tiny_aya", "thousands"},
+    };
+    char *text;
+    size_t bytes;
+    json_t *all = load(ROOT "/mixed.json"), *model = load(ROOT "/models/byte.json");
+    assert_int_equal(choir_file_read(ROOT "/mixed.txt", 1 << 20, &text, &bytes), CHOIR_OK);
+    for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
+        choir_tokenizer *t = open_pre(model, same[i].pre);
+        check_mixed(same[i].pre, t, text, bytes, json_object_get(all, same[i].json));
+        choir_tokenizer_destroy(t);
+    }
+    choir_free(text);
+    json_decref(model);
+    json_decref(all);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_component_gives_the_reference_ids),
         cmocka_unit_test(smollm_from_gguf_gives_the_reference_ids),
         cmocka_unit_test(a_text_of_many_scripts_gives_the_reference_ids),
+        cmocka_unit_test(pre_tokenizers_of_gguf_agree_with_tokenizer_json),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

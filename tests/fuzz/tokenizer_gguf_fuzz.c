@@ -3,73 +3,25 @@
  *   flags, name of the pre-tokenizer, tokens, merges
  * A string is one byte of length and its bytes; an empty string ends a list; behind each token lie
  * its type and its score. */
-#include "engine/gguf.h"
+#include "tests/support/gguf_image.h"
 #include "tokenizer_check.h"
 
-enum { MAX_IMAGE = 1 << 20, MAX_TOKENS = 2000 };
-enum { SENTENCEPIECE = 1, BOS = 2, EOS = 4, PREFIX = 8, COLLAPSE = 16, BYTES = 32, TYPES = 64 };
+#include <stdio.h>
 
-typedef struct image {
-    uint8_t bytes[MAX_IMAGE];
-    size_t n;
-    uint64_t n_keys;
-} image;
+enum { MAX_TOKENS = 2000 };
+enum { SENTENCEPIECE = 1, BOS = 2, EOS = 4, PREFIX = 8, COLLAPSE = 16, BYTES = 32, TYPES = 64 };
 
 typedef struct input {
     const uint8_t *at, *end;
 } input;
 
-static image gguf;
+static gguf_image image;
 static struct tokens {
     choir_text text[MAX_TOKENS];
     int32_t type[MAX_TOKENS];
     float score[MAX_TOKENS];
     uint32_t n;
 } tokens;
-
-static void put(const void *data, size_t bytes)
-{
-    if (bytes > MAX_IMAGE - gguf.n) return; /* the image is cut: one more case for the parser */
-    memcpy(gguf.bytes + gguf.n, data, bytes);
-    gguf.n += bytes;
-}
-
-static void put_u32(uint32_t value)
-{
-    put(&value, sizeof value);
-}
-static void put_u64(uint64_t value)
-{
-    put(&value, sizeof value);
-}
-
-static void put_text(choir_text text)
-{
-    put_u64(text.bytes);
-    put(text.data, text.bytes);
-}
-
-enum { GGUF_U32 = 4, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY };
-
-static void put_key(const char *key, uint32_t type)
-{
-    put_text((choir_text){key, strlen(key)});
-    put_u32(type);
-    gguf.n_keys++;
-}
-
-static void put_array(const char *key, uint32_t type, uint64_t n)
-{
-    put_key(key, GGUF_ARRAY);
-    put_u32(type);
-    put_u64(n);
-}
-
-static void put_flag(const char *key, bool value)
-{
-    put_key(key, GGUF_BOOL);
-    put(&value, 1);
-}
 
 static uint8_t take(input *in)
 {
@@ -112,13 +64,13 @@ static void add_bytes(bool sentencepiece)
 
 static void put_tokens(bool types)
 {
-    put_array("tokenizer.ggml.tokens", GGUF_STRING, tokens.n);
-    for (uint32_t i = 0; i < tokens.n; i++) put_text(tokens.text[i]);
-    put_array("tokenizer.ggml.scores", GGUF_F32, tokens.n);
-    put(tokens.score, tokens.n * sizeof *tokens.score);
+    gguf_put_array(&image, "tokenizer.ggml.tokens", GGUF_STRING, tokens.n);
+    for (uint32_t i = 0; i < tokens.n; i++) gguf_put_text(&image, tokens.text[i]);
+    gguf_put_array(&image, "tokenizer.ggml.scores", GGUF_F32, tokens.n);
+    gguf_put(&image, tokens.score, tokens.n * sizeof *tokens.score);
     if (!types) return;
-    put_array("tokenizer.ggml.token_type", GGUF_I32, tokens.n);
-    put(tokens.type, tokens.n * sizeof *tokens.type);
+    gguf_put_array(&image, "tokenizer.ggml.token_type", GGUF_I32, tokens.n);
+    gguf_put(&image, tokens.type, tokens.n * sizeof *tokens.type);
 }
 
 static void put_merges(input *in)
@@ -126,34 +78,32 @@ static void put_merges(input *in)
     input ahead = *in;
     uint64_t n = 0;
     while (take_text(&ahead).bytes > 0) n++;
-    put_array("tokenizer.ggml.merges", GGUF_STRING, n);
-    while (n-- > 0) put_text(take_text(in));
+    gguf_put_array(&image, "tokenizer.ggml.merges", GGUF_STRING, n);
+    while (n-- > 0) gguf_put_text(&image, take_text(in));
+}
+
+static void put_flags(uint8_t flags)
+{
+    gguf_put_flag(&image, "tokenizer.ggml.add_bos_token", flags & BOS);
+    gguf_put_flag(&image, "tokenizer.ggml.add_eos_token", flags & EOS);
+    gguf_put_flag(&image, "tokenizer.ggml.add_space_prefix", flags & PREFIX);
+    gguf_put_flag(&image, "tokenizer.ggml.remove_extra_whitespaces", flags & COLLAPSE);
+    gguf_put_u32(&image, "tokenizer.ggml.unknown_token_id", 0);
+    gguf_put_u32(&image, "tokenizer.ggml.bos_token_id", 1);
+    gguf_put_u32(&image, "tokenizer.ggml.eos_token_id", 2);
 }
 
 static void write_image(input *in)
 {
     uint8_t flags = take(in);
     bool sentencepiece = flags & SENTENCEPIECE;
-    gguf.n = gguf.n_keys = 0;
     tokens.n = 0;
-    put("GGUF\3\0\0\0", 8);
-    put_u64(0);
-    size_t at_keys = gguf.n;
-    put_u64(0);
-    put_key("tokenizer.ggml.model", GGUF_STRING);
-    put_text(sentencepiece ? (choir_text){"llama", 5} : (choir_text){"gpt2", 4});
-    put_key("tokenizer.ggml.pre", GGUF_STRING);
-    put_text(take_text(in));
-    put_flag("tokenizer.ggml.add_bos_token", flags & BOS);
-    put_flag("tokenizer.ggml.add_eos_token", flags & EOS);
-    put_flag("tokenizer.ggml.add_space_prefix", flags & PREFIX);
-    put_flag("tokenizer.ggml.remove_extra_whitespaces", flags & COLLAPSE);
-    static const char *const ids[] = {"tokenizer.ggml.unknown_token_id",
-                                      "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"};
-    for (uint32_t i = 0; i < 3; i++) {
-        put_key(ids[i], GGUF_U32);
-        put_u32(i);
-    }
+    gguf_image_begin(&image);
+    gguf_put_key(&image, "tokenizer.ggml.model", GGUF_STRING);
+    gguf_put_text(&image, sentencepiece ? (choir_text){"llama", 5} : (choir_text){"gpt2", 4});
+    gguf_put_key(&image, "tokenizer.ggml.pre", GGUF_STRING);
+    gguf_put_text(&image, take_text(in));
+    put_flags(flags);
     for (choir_text text; (text = take_text(in)).bytes > 0;) {
         int32_t type = (int8_t)take(in);
         add_token(text, type, (float)(int8_t)take(in));
@@ -161,7 +111,7 @@ static void write_image(input *in)
     if (flags & BYTES) add_bytes(sentencepiece);
     put_tokens(flags & TYPES);
     put_merges(in);
-    memcpy(gguf.bytes + at_keys, &gguf.n_keys, sizeof gguf.n_keys);
+    gguf_image_end(&image);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
@@ -172,8 +122,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     choir_tokenizer *t;
     if (bytes < 4 || memcmp(data, "GGUF", 4) != 0) {
         write_image(&(input){data, data + bytes});
-        data = gguf.bytes;
-        bytes = gguf.n;
+        data = image.bytes;
+        bytes = image.n;
     }
     if (choir_gguf_parse("fuzz", data, bytes, &file) != CHOIR_OK) return 0;
     choir_status status = choir_tokenizer_parse_gguf(file, &t);
