@@ -35,18 +35,20 @@ static inline void check_pieces(const choir_tokenizer *t, const uint32_t *ids, s
     choir_detokenizer_destroy(d);
 }
 
-static inline void check_decode(const choir_tokenizer *t, const uint32_t *ids, size_t n, bool skip)
+/* Whether the ids have a text: a hostile decoder may need more steps than are allowed. */
+static inline bool check_decode(const choir_tokenizer *t, const uint32_t *ids, size_t n, bool skip)
 {
     char *text;
     size_t bytes;
     choir_status status = choir_tokenizer_decode(t, ids, n, skip, &text, &bytes);
     if (status != CHOIR_OK) {
         check_refusal(status);
-        return;
+        return false;
     }
     CHOIR_ASSERT(text[bytes] == '\0');
     check_pieces(t, ids, n, skip, text, bytes);
     choir_free(text);
+    return true;
 }
 
 static inline void check_text(const choir_tokenizer *t, const char *text, size_t bytes,
@@ -84,7 +86,7 @@ static inline void check_nasty_texts(const choir_tokenizer *t)
     check_text(t, repeated, sizeof repeated, CHOIR_ENCODE_OPTIONS_DEFAULT);
 }
 
-/* Every id is decoded by itself and behind the one before. */
+/* Every id is decoded behind another, until one takes too long. */
 static inline void check_every_id(const choir_tokenizer *t)
 {
     uint32_t n = choir_tokenizer_n_ids(t);
@@ -93,7 +95,7 @@ static inline void check_every_id(const choir_tokenizer *t)
         size_t bytes;
         const char *piece = choir_tokenizer_piece(t, id, &bytes);
         CHOIR_ASSERT(piece == NULL || piece[bytes] == '\0');
-        check_decode(t, pair, 2, id & 1);
+        if (!check_decode(t, pair, 2, id & 1)) break;
     }
     CHOIR_ASSERT(choir_tokenizer_bos(t) < (int64_t)n && choir_tokenizer_eos(t) < (int64_t)n);
 }
