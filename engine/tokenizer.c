@@ -214,6 +214,9 @@ choir_status choir_tokenizer_add_token(choir_tokenizer *t, const char *content, 
                                        choir_added_token token)
 {
     if (bytes == 0) return CHOIR_OK;
+    if (bytes > CHOIR_MAX_ADDED)
+        return choir_fail(CHOIR_E_FORMAT, "an added token of %zu bytes (\"%.60s…\"); the limit is %d",
+                          bytes, content, CHOIR_MAX_ADDED);
     token.id = choir_vocab_find(&t->vocab, content, bytes);
     token.normal = NULL;
     if (token.id == CHOIR_NO_ID) {

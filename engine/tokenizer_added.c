@@ -73,10 +73,18 @@ static bool alone(const char *text, size_t bytes, size_t begin, size_t end)
     return end == bytes || !choir_unicode_word(choir_utf8_next(text, &after));
 }
 
+static size_t skip_spaces(const char *text, size_t bytes, size_t at)
+{
+    for (size_t next = at; at < bytes; at = next)
+        if (!choir_unicode_space(choir_utf8_next(text, &next))) break;
+    return at;
+}
+
 choir_status choir_added_find(const choir_added_trie *t, const choir_added_token *tokens,
                               const char *text, size_t bytes, bool parse_special, choir_spans *out)
 {
-    size_t start = 0; /* the first byte in no span yet */
+    size_t start = 0;    /* the first byte in no span yet */
+    size_t stripped = 0; /* where the last spaces behind a token ended */
     for (size_t at = 0; t->any && at < bytes;) {
         uint32_t token;
         size_t end = longest_at(t, text, bytes, at, &token), begin = at;
@@ -93,11 +101,8 @@ choir_status choir_added_find(const choir_added_trie *t, const choir_added_token
             if (!choir_unicode_space(choir_utf8_next(text, &next))) break;
             begin = before;
         }
-        while (a->rstrip && end < bytes) {
-            size_t next = end;
-            if (!choir_unicode_space(choir_utf8_next(text, &next))) break;
-            end = next;
-        }
+        /* A token within those spaces has the rest of them: they are not walked over again. */
+        if (a->rstrip) end = stripped = end < stripped ? stripped : skip_spaces(text, bytes, end);
         if (start < begin) CHOIR_TRY(push(out, start, begin, CHOIR_NO_ID));
         CHOIR_TRY(push(out, begin, end, token));
         start = end;

@@ -268,7 +268,8 @@ typedef struct choir_decode_stage {
 /* ---- the whole */
 enum {
     CHOIR_TOKENIZER_MAX_STEPS = 32,
-    CHOIR_MAX_CONTENT = 256 /* bytes that one step may insert */
+    CHOIR_MAX_CONTENT = 256, /* bytes that one step may insert */
+    CHOIR_MAX_ADDED = 1024   /* bytes of an added token: one is looked for at every byte of a text */
 };
 enum { CHOIR_POST_TEXT = -1 }; /* in `post`: the text's own ids */
 

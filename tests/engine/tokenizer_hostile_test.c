@@ -120,6 +120,33 @@ static void long_runs_are_no_hostile_texts(void **state)
     }
 }
 
+/* The first of the spaces takes all others, as in the reference; so does the second, … */
+static void spaces_behind_added_tokens_are_walked_once(void **state)
+{
+    (void)state;
+    static const char spaces[] = "[{\"content\":\" \",\"rstrip\":true,\"normalized\":false}]";
+    choir_tokenizer *t;
+    assert_int_equal(parse_changed("smollm", "added_tokens", json_loads(spaces, 0, NULL), &t),
+                     CHOIR_OK);
+    double start = seconds();
+    assert_int_equal(encode_repeated(t, ' ', 1 << 20, 'a'), CHOIR_OK);
+    double took = seconds() - start;
+    if (took > 20) fail_msg("a megabyte of spaces took %.1f s", took);
+    choir_tokenizer_destroy(t);
+}
+
+static void an_endless_added_token_is_refused(void **state)
+{
+    (void)state;
+    char content[2000];
+    memset(content, 'a', sizeof content);
+    choir_tokenizer *t;
+    assert_int_equal(parse_changed("smollm", "added_tokens",
+                                   json_pack("[{s:s%}]", "content", content, sizeof content), &t),
+                     CHOIR_E_FORMAT);
+    assert_non_null(strstr(choir_error_message(), "the limit is 1024"));
+}
+
 /* Each of these makes 64 of every character, and of what the one before made. */
 static void replacements_do_not_multiply(void **state)
 {
@@ -236,6 +263,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_pattern_that_backtracks_is_stopped),
         cmocka_unit_test(long_runs_are_no_hostile_texts),
+        cmocka_unit_test(spaces_behind_added_tokens_are_walked_once),
+        cmocka_unit_test(an_endless_added_token_is_refused),
         cmocka_unit_test(replacements_do_not_multiply),
         cmocka_unit_test(a_pattern_of_many_classes_is_refused),
         cmocka_unit_test(a_text_that_is_no_utf8_is_refused_with_its_place),
