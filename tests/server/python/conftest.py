@@ -72,7 +72,7 @@ def free_port():
 class Server:
     """One server process. `args` are the test server's knobs."""
 
-    def __init__(self, config, args=(), max_files=None):
+    def __init__(self, config, args=(), max_files=None, environment=None):
         command = config.getoption("--server-command")
         self.is_real = bool(command)
         if not command:
@@ -86,7 +86,7 @@ class Server:
         self.process = subprocess.Popen(
             [*shlex.split(command), "--listen", self.target, *args], cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            preexec_fn=limit if max_files else None)
+            env={**os.environ, **(environment or {})}, preexec_fn=limit if max_files else None)
         self.channels = []
 
     def channel(self, **options):
@@ -145,8 +145,8 @@ def launch(request):
     """launch("--step-ms", "20") starts a server for one test."""
     servers = []
 
-    def start(*args, wait=True, max_files=None):
-        server = Server(request.config, args, max_files)
+    def start(*args, wait=True, max_files=None, environment=None):
+        server = Server(request.config, args, max_files, environment)
         servers.append(server)
         return server.wait_serving() if wait else server
 

@@ -1,4 +1,6 @@
 """Drain, stop, watchdog: the way down."""
+import os
+import pathlib
 import signal
 import threading
 import time
@@ -83,6 +85,33 @@ def test_idle_server_leaves_quickly(launch):
     server = launch("--pause-ms", "50")
     server.signal()
     assert server.wait_exit(5) == 0
+
+
+def test_the_wall_clock_jumps(launch, stub, help, request, tmp_path):
+    """An hour ahead and two back: no deadline comes early or late, and health stays."""
+    jump = tmp_path / "jump"
+    jump.write_bytes(bytes(8))
+    library = pathlib.Path(request.config.getoption("--build")).absolute() / "tests/server/libclock_jump.so"
+    server = launch("--step-ms", "20", environment={
+        "LD_PRELOAD": str(library), "CLOCK_JUMP": str(jump),
+        "ASAN_OPTIONS": os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"})
+    s, channel = stub(server), server.channel()
+
+    def ask(tokens, seconds):
+        return s.Generate(help.request(sampling={"max_tokens": tokens, "ignore_eos": True}), timeout=seconds)
+
+    fine, late = ask(100, 30), ask(100000, 4)
+    next(fine), next(late)
+    for seconds in (3600, -7200, 0):
+        with jump.open("r+b") as f:
+            f.write(seconds.to_bytes(8, "little", signed=True))
+        time.sleep(0.3)
+        assert server.health(channel=channel) == SERVING
+        assert list(ask(3, 10))[-1].HasField("done")
+    assert list(fine)[-1].HasField("done")
+    with pytest.raises(grpc.RpcError) as error:
+        list(late)
+    assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_watchdog_tells_health(launch, stub, help):
