@@ -10,13 +10,23 @@
 #include <string.h>
 
 enum {
-    MAX_SOURCE = 16 << 10,   /* bytes of a pattern as written */
-    MAX_CODE = 1 << 20,      /* bytes of its compiled code */
-    MAX_NESTING = 64,        /* parentheses */
-    CHEAP_STEPS = 4096,      /* what any single match may cost without being charged */
-    MAX_HEAP_KIB = 64 << 10, /* the interpreter's frames, when the JIT's stack is too small */
-    MAX_STACK = 4 << 20,     /* the JIT's own stack */
+    MAX_SOURCE = 16 << 10, /* bytes of a pattern as written */
+    MAX_CODE = 1 << 20,    /* bytes of its compiled code */
+    MAX_NESTING = 64,      /* parentheses */
+    CHEAP_STEPS = 4096,    /* what any single match may cost without being charged */
+    /* What a match may keep to backtrack by: so much, and so much for each byte of the text,
+     * because a group that is repeated keeps every round. */
+    STACK = 4 << 20,
+    STACK_PER_BYTE = 128,
+    HEAP = 64 << 20, /* the interpreter's frames, when the JIT's stack is too small */
+    HEAP_PER_BYTE = 512,
+    MOST = 1 << 30,
 };
+
+static size_t most_memory(size_t least, size_t per_byte, size_t bytes)
+{
+    return bytes > (MOST - least) / per_byte ? MOST : least + per_byte * bytes;
+}
 
 struct choir_pattern {
     char *literal; /* NULL: an expression */
@@ -151,8 +161,19 @@ static choir_status prepare(const choir_pattern *p, choir_match *m)
     m->context = pcre2_match_context_create(p->memory);
     if (m->data == NULL || m->context == NULL)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory to match a pattern");
-    pcre2_set_heap_limit(m->context, MAX_HEAP_KIB);
     return CHOIR_OK;
+}
+
+/* The JIT's stack, which the system fills with pages as they are used; false: there is none. */
+static bool enlarge_stack(const choir_pattern *p, choir_match *m)
+{
+    size_t most = most_memory(STACK, STACK_PER_BYTE, m->bytes);
+    if (m->stack_bytes >= most) return false;
+    pcre2_jit_stack_free(m->stack);
+    m->stack = pcre2_jit_stack_create(32 << 10, most, p->memory);
+    m->stack_bytes = m->stack != NULL ? most : 0;
+    pcre2_jit_stack_assign(m->context, NULL, m->stack);
+    return m->stack != NULL;
 }
 
 /* PCRE2 comes by behind every repetition, forwards or on its way back. The way since the last time
@@ -178,6 +199,7 @@ static choir_status search(const choir_pattern *p, choir_match *m, int *result)
     bool jit = p->jit;
     m->counted_to = m->at;
     pcre2_set_callout(m->context, count_steps, m);
+    pcre2_set_heap_limit(m->context, (uint32_t)(most_memory(HEAP, HEAP_PER_BYTE, m->bytes) >> 10));
     for (;;) {
         pcre2_set_match_limit(m->context, limit);
         PCRE2_SPTR text = (PCRE2_SPTR)m->text;
@@ -187,14 +209,7 @@ static choir_status search(const choir_pattern *p, choir_match *m, int *result)
                                     PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, m->data, m->context);
         if (*result >= 0 || *result == PCRE2_ERROR_NOMATCH) return CHOIR_OK;
         if (*result == PCRE2_ERROR_JIT_STACKLIMIT) {
-            if (m->stack == NULL)
-                m->stack = pcre2_jit_stack_create(32 << 10, MAX_STACK, p->memory);
-            else
-                jit = false;
-            if (m->stack == NULL)
-                jit = false;
-            else
-                pcre2_jit_stack_assign(m->context, NULL, m->stack);
+            jit = enlarge_stack(p, m);
             continue;
         }
         if (*result == PCRE2_ERROR_NOMEMORY)

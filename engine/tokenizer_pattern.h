@@ -21,7 +21,8 @@ bool choir_pattern_is_character(const choir_pattern *pattern);
 /* The scratch of matching; a zeroed struct is ready. */
 typedef struct choir_match {
     void *data, *stack, *context; /* PCRE2's */
-    uint64_t budget;              /* steps left to slow matches; set by choir_match_allow */
+    size_t stack_bytes;
+    uint64_t budget; /* steps left to slow matches; set by choir_match_allow */
     /* the walk over one subject */
     const char *text;
     size_t bytes, at, last_end;

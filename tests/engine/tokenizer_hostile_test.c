@@ -104,6 +104,9 @@ static void long_runs_are_no_hostile_texts(void **state)
         "\\s+$",
         "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
         "\\p{N}{1,3}",
+        "[\\p{Lu}\\p{Lo}&&[^\\p{Han}]]*[\\p{Ll}\\p{Lo}&&[^\\p{Han}]]+|[\\p{Lu}&&[^\\p{Han}]]+|[a-z&"
+        "&[^b]]+",
+        "(?:a|b|A|1|\\s)+",
         "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lo}]*[\\p{Ll}\\p{Lo}]+(?i:'s|'t)?|[\\p{Lu}\\p{Lo}]+[\\p{"
         "Ll}]*",
     };
