@@ -226,8 +226,8 @@ static choir_status read_pem(const char *path, char **out)
     return path == NULL ? CHOIR_OK : choir_file_read(path, 1 << 20, out, &bytes);
 }
 
-/* The server's loop takes them; gRPC's threads inherit the mask. Until now they ended the program at once:
- * a model that loads has nothing to save. */
+/* The server's loop takes them; gRPC's threads inherit the mask. Until now they ended the program
+ * at once: a model that loads has nothing to save. */
 static void block_signals(void)
 {
     sigset_t taken;
@@ -271,6 +271,8 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     if (strcmp(v->kv_cache_dtype, "auto") != 0 && strcmp(v->kv_cache_dtype, "f16") != 0)
         return choir_fail(CHOIR_E_INVALID, "--kv-cache-dtype is '%.20s', must be auto or f16",
                           v->kv_cache_dtype);
+    for (uint32_t i = 0; i < v->listen.n; i++)
+        CHOIR_TRY(choir_server_check_address(v->listen.item[i]));
     if ((v->tls_cert != NULL) != (v->tls_key != NULL))
         return choir_fail(CHOIR_E_INVALID, "--tls-cert and --tls-key go together");
     if (v->served_model_name.n > n)

@@ -8,6 +8,7 @@
 #include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 #include <unistd.h>
@@ -49,6 +50,19 @@ static choir_status copy_text(choir_server *s, const char **text)
     return *text != NULL ? CHOIR_OK : choir_fail(CHOIR_E_NO_MEMORY, "no memory for the server");
 }
 
+choir_status choir_server_check_address(const char *address)
+{
+    if (strncmp(address, "unix:", 5) == 0) return CHOIR_OK;
+    const char *colon = strrchr(address, ':');
+    size_t digits = colon != NULL ? strspn(colon + 1, "0123456789") : 0;
+    if (digits == 0 || digits > 5 || colon[1 + digits] != '\0' || colon == address)
+        return choir_fail(CHOIR_E_INVALID,
+                          "the address is '%.200s', must be HOST:PORT or unix:/path", address);
+    if (atoi(colon + 1) > 65535)
+        return choir_fail(CHOIR_E_INVALID, "the port of %.200s must be 0 to 65535", address);
+    return CHOIR_OK;
+}
+
 static choir_status check_options(const choir_server_options *o, uint32_t n_models)
 {
     if (n_models == 0 || n_models > CHOIR_SERVER_MAX_MODELS)
@@ -57,6 +71,7 @@ static choir_status check_options(const choir_server_options *o, uint32_t n_mode
     if (o->n_listen == 0 || o->n_listen > CHOIR_SERVER_MAX_LISTEN)
         return choir_fail(CHOIR_E_INVALID, "a server listens on 1 to %d addresses, not %u",
                           CHOIR_SERVER_MAX_LISTEN, o->n_listen);
+    for (uint32_t i = 0; i < o->n_listen; i++) CHOIR_TRY(choir_server_check_address(o->listen[i]));
     if (o->max_message_bytes < 1024 || o->max_message_bytes > 1u << 30)
         return choir_fail(CHOIR_E_INVALID, "max_message_bytes is %u; it is 1 KiB to 1 GiB",
                           o->max_message_bytes);

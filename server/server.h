@@ -24,6 +24,8 @@ typedef struct choir_server_model {
     uint32_t max_tokens; /* prompt and answer; 0: config->max_positions */
     uint64_t digest;     /* of the weights; shown by ListModels */
 } choir_server_model;
+/* "HOST:PORT" with a port of 0 to 65535 (gRPC would take larger ones modulo 65536), or "unix:/path". */
+choir_status choir_server_check_address(const char *address) CHOIR_MUST_USE;
 /* Fills everything but aliases from an engine and its scheduler. */
 choir_server_model choir_server_model_of(const char *name, const choir_engine *engine,
                                          choir_scheduler *scheduler);

@@ -199,6 +199,19 @@ static void refuses_bad_options(void **state)
     choir_server_destroy(s);
 }
 
+static void refuses_bad_addresses(void **state)
+{
+    (void)state;
+    static const char *const good[] = {"127.0.0.1:0", "localhost:65535", "[::1]:50051", "unix:/x"};
+    static const char *const bad[] = {
+        "",        ":1",         "localhost",       "127.0.0.1:",  "host:1x",
+        "host:-1", "host:65536", "127.0.0.1:99999", "host:000001", "host: 1"};
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++)
+        assert_int_equal(choir_server_check_address(good[i]), CHOIR_OK);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        assert_int_equal(choir_server_check_address(bad[i]), CHOIR_E_INVALID);
+}
+
 static void starts_and_stops_many_times(void **state)
 {
     (void)state;
@@ -226,6 +239,7 @@ int main(void)
         cmocka_unit_test(create_survives_failing_memory),
         cmocka_unit_test(calls_survive_failing_memory),
         cmocka_unit_test(refuses_bad_options),
+        cmocka_unit_test(refuses_bad_addresses),
         cmocka_unit_test(starts_and_stops_many_times),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
