@@ -16,7 +16,7 @@ static void *member(void *values, const choir_option *o)
     return (char *)values + o->offset;
 }
 
-static int edit_distance(const char *a, const char *b)
+int choir_edit_distance(const char *a, const char *b)
 {
     int row[64], n = (int)strlen(b);
     if (n > 62) n = 62;
@@ -39,7 +39,7 @@ const char *choir_nearest(const char *name, const char *const *names, uint32_t n
 {
     const char *best = n > 0 ? names[0] : "";
     for (uint32_t i = 1; i < n; i++)
-        if (edit_distance(name, names[i]) < edit_distance(name, best)) best = names[i];
+        if (choir_edit_distance(name, names[i]) < choir_edit_distance(name, best)) best = names[i];
     return best;
 }
 

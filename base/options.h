@@ -55,5 +55,7 @@ void choir_options_print_help(const choir_option *table, uint32_t n, const void 
  * is not set, and the values of "api-key" are not shown. */
 void choir_options_print_resolved(const choir_option *table, uint32_t n, const void *values,
                                   const choir_arguments *arguments, FILE *to);
+/* Levenshtein distance; of names longer than 62 bytes the first 62 count. */
+int choir_edit_distance(const char *a, const char *b);
 /* The name closest to `name` by edit distance. */
 const char *choir_nearest(const char *name, const char *const *names, uint32_t n);

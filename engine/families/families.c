@@ -25,26 +25,6 @@ const choir_family *choir_family_of_architecture(const char *architecture, bool 
     return NULL;
 }
 
-/* Levenshtein distance of short names. */
-static int distance(const char *a, const char *b)
-{
-    int row[64], n = (int)strlen(b);
-    if (n > 62) n = 62;
-    for (int j = 0; j <= n; j++) row[j] = j;
-    for (int i = 0; a[i] != '\0' && i < 62; i++) {
-        int diagonal = row[0];
-        row[0] = i + 1;
-        for (int j = 1; j <= n; j++) {
-            int up = row[j], best = diagonal + (a[i] != b[j - 1]);
-            if (up + 1 < best) best = up + 1;
-            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
-            row[j] = best;
-            diagonal = up;
-        }
-    }
-    return row[n];
-}
-
 const char *choir_family_nearest(const char *name, bool gguf, char *out, size_t bytes)
 {
     bool told[N_FAMILIES] = {false};
@@ -53,7 +33,7 @@ const char *choir_family_nearest(const char *name, bool gguf, char *out, size_t 
     for (int shown = 0; shown < 4; shown++) {
         int best = -1, best_distance = 0;
         for (int i = 0; i < N_FAMILIES; i++) {
-            int d = distance(name, gguf ? families[i]->architecture : families[i]->model_type);
+            int d = choir_edit_distance(name, gguf ? families[i]->architecture : families[i]->model_type);
             if (!told[i] && (best < 0 || d < best_distance)) {
                 best = i;
                 best_distance = d;
