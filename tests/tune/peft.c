@@ -2,6 +2,7 @@
 
 #include "base/base.h"
 #include "engine/safetensors.h"
+#include "tune/encode.h"
 
 #include <ftw.h>
 #include <stdio.h>
@@ -139,7 +140,20 @@ static void copy_file(const char *from, const char *to, const char *name)
     choir_free(data);
 }
 
-void write_merged(const char *base, const char *folder, const lora_shape *s, uint32_t seed)
+static void round_to(choir_dtype dtype, uint32_t rows, uint32_t cols, float *w)
+{
+    size_t bytes = choir_dtype_row_bytes(dtype, cols);
+    uint8_t *row = malloc(bytes);
+    const choir_tensor view = {dtype, 1, cols, row, bytes};
+    for (uint32_t r = 0; r < rows; r++) {
+        CHOIR_ASSERT(choir_tune_encode(dtype, w + (size_t)r * cols, cols, row));
+        choir_tensor_row(&view, 0, w + (size_t)r * cols);
+    }
+    free(row);
+}
+
+void write_merged(const char *base, const char *folder, const lora_shape *s, uint32_t seed,
+                  choir_dtype dtype)
 {
     char path[512], text[16];
     choir_safetensors *file;
@@ -159,6 +173,7 @@ void write_merged(const char *base, const char *folder, const lora_shape *s, uin
         if (sscanf(from->name, "model.layers.%u.mlp.%15[a-z_]", &layer, text) == 2)
             for (uint32_t p = 0; p < N_PROJ; p++)
                 if (strcmp(text, projections[p]) == 0) add_delta(w, s, layer, p, seed);
+        if (rows > 1) round_to(dtype, rows, cols, w);
         add_tensor(&t, from->name, rows, cols, w);
         free(w);
     }
@@ -175,4 +190,20 @@ static int remove_one(const char *path, const struct stat *s, int kind, struct F
 void remove_folder(const char *folder)
 {
     nftw(folder, remove_one, 8, FTW_DEPTH | FTW_PHYS);
+}
+
+static uint32_t n_seen;
+
+static int count_one(const char *path, const struct stat *s, int kind, struct FTW *at)
+{
+    (void)path, (void)s, (void)kind, (void)at;
+    n_seen++;
+    return 0;
+}
+
+uint32_t n_in_folder(const char *folder)
+{
+    n_seen = 0;
+    CHOIR_ASSERT(nftw(folder, count_one, 8, FTW_PHYS) == 0);
+    return n_seen - 1;
 }

@@ -2,8 +2,7 @@
  * dense model with an adapter merged, made here without choir's own merge: W + scale B A, in f32.
  */
 #pragma once
-#include <stdbool.h>
-#include <stdint.h>
+#include "engine/kernels/kernels.h"
 
 typedef struct lora_shape {
     uint32_t n_layers, hidden, ffn, rank;
@@ -15,7 +14,10 @@ enum { GATE_PROJ, UP_PROJ, DOWN_PROJ, N_PROJ };
 /* Makes `folder` with adapter_config.json and adapter_model.safetensors; the factors depend on the
  * seed. */
 void write_adapter(const char *folder, const lora_shape *shape, uint32_t seed);
-/* Makes `folder`, the model of `base` in F32 with that same adapter merged. */
-void write_merged(const char *base, const char *folder, const lora_shape *shape, uint32_t seed);
+/* Makes `folder`, the model of `base` with that same adapter merged: an F32 file, its matrices
+ * rounded to what `dtype` can hold. */
+void write_merged(const char *base, const char *folder, const lora_shape *shape, uint32_t seed,
+                  choir_dtype dtype);
 void write_text(const char *folder, const char *name, const char *text);
 void remove_folder(const char *folder);
+uint32_t n_in_folder(const char *folder); /* files and folders, at any depth */
