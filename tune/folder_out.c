@@ -132,11 +132,15 @@ static choir_status save_weights(output *o)
     return status;
 }
 
-/* The folder is ours and flat. */
+/* The folder is ours and flat; a link of that name is not followed. */
 static void remove_folder(const char *path)
 {
-    DIR *folder = opendir(path);
-    if (folder == NULL) return;
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    DIR *folder = fd < 0 ? NULL : fdopendir(fd);
+    if (folder == NULL) {
+        if (fd >= 0) close(fd);
+        return;
+    }
     const struct dirent *entry;
     while ((entry = readdir(folder)) != NULL)
         if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
@@ -159,6 +163,8 @@ static choir_status write_folder(output *o)
     CHOIR_TRY(choir_tune_plan_make(o->moe, o->folder->dtype, false, &o->plan));
     CHOIR_TRY(cut_shards(o));
     CHOIR_TRY(choir_tune_check_space(o->folder->path, o->plan.bytes));
+    /* A killed process of this number may have left its folder, with an index of other files. */
+    remove_folder(o->temporary);
     CHOIR_TRY(choir_folder_make(o->temporary));
     choir_status status = choir_tune_save_hf_files(o->moe, o->folder->dtype, o->temporary);
     if (status == CHOIR_OK) status = save_weights(o);
