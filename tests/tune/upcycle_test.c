@@ -7,11 +7,14 @@
 
 #include <math.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -23,12 +26,12 @@ enum { N_TOKENS = 40 };
 static const lora_shape shape = {3, 64, 160, 4, 0.5F, 0.1F};
 static char folder[64];
 
-/* A path in this test's folder; eight at a time. */
+/* A path in this test's folder; sixteen at a time. */
 static const char *in_folder(const char *name)
 {
-    static char paths[8][128];
+    static char paths[16][128];
     static int next;
-    char *path = paths[next++ % 8];
+    char *path = paths[next++ % 16];
     snprintf(path, sizeof paths[0], "%s/%s", folder, name);
     return path;
 }
@@ -177,23 +180,39 @@ static void an_expert_of_any_type_is_the_merged_model_in_that_type(void **state)
     assert_true(choir_file_exists(in_folder("bf16/model.safetensors.index.json")));
 }
 
-/* What is refused, and a word of the sentence. Nothing comes into the folder, under any name. */
-static void refused(const char *one, const char *out, choir_dtype dtype, const char *word)
+/* A sentence with this word, and nothing new in the folder, under any name. */
+static void failed(choir_status status, uint32_t before, const char *word)
 {
-    uint32_t before = n_in_folder(folder);
-    choir_status status = upcycle(one, in_folder("two"), out, dtype, CHOIR_GATES_UNIFORM);
     assert_int_not_equal(status, CHOIR_OK);
     if (strstr(choir_error_message(), word) == NULL)
         fail_msg("no '%s' in: %s", word, choir_error_message());
     assert_int_equal(n_in_folder(folder), before);
 }
 
-static void cut_file(const char *path, long bytes)
+static void refused(const char *one, const char *out, choir_dtype dtype, const char *word)
 {
-    assert_int_equal(truncate(path, bytes), 0);
+    uint32_t before = n_in_folder(folder);
+    failed(upcycle(one, in_folder("two"), out, dtype, CHOIR_GATES_UNIFORM), before, word);
 }
 
-static void what_does_not_fit_is_refused(void **state)
+/* An adapter like "one", in which `from` is `to` (of the same length) wherever it stands. */
+static const char *patched(const char *name, const char *from, const char *to)
+{
+    char path[160], *data;
+    size_t bytes, n = strlen(from);
+    write_adapter(in_folder(name), &shape, 1);
+    snprintf(path, sizeof path, "%s/%s/adapter_model.safetensors", folder, name);
+    must(choir_file_read(path, 1 << 20, &data, &bytes));
+    assert_int_equal(strlen(to), n);
+    for (char *at = data; (at = memmem(at, bytes - (size_t)(at - data), from, n)) != NULL;)
+        memcpy(at, to, n);
+    FILE *f = fopen(path, "wb");
+    assert_true(f != NULL && fwrite(data, bytes, 1, f) == 1 && fclose(f) == 0);
+    choir_free(data);
+    return in_folder(name);
+}
+
+static void adapters_that_do_not_fit_are_refused(void **state)
 {
     (void)state;
     char out[96];
@@ -203,24 +222,145 @@ static void what_does_not_fit_is_refused(void **state)
     deep.n_layers = 4;
     write_adapter(in_folder("wide"), &wide, 1);
     write_adapter(in_folder("deep"), &deep, 1);
-    write_adapter(in_folder("cut"), &shape, 1);
-    write_adapter(in_folder("dora"), &shape, 1);
-    write_adapter(in_folder("odd"), &shape, 1);
-    cut_file(in_folder("cut/adapter_model.safetensors"), 5000);
-    write_text(in_folder("dora"), "adapter_config.json",
-               "{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"use_dora\": true}");
-    write_text(in_folder("odd"), "adapter_config.json",
-               "{\"peft_type\": \"LORA\", \"r\": 5, \"lora_alpha\": 8}");
     refused(in_folder("not-there"), out, CHOIR_Q8_0, "not-there");
     refused(in_folder("wide"), out, CHOIR_Q8_0, "[96, 4]");
     refused(in_folder("deep"), out, CHOIR_Q8_0, "layers.3");
-    refused(in_folder("cut"), out, CHOIR_Q8_0, "adapter_model.safetensors");
-    refused(in_folder("dora"), out, CHOIR_Q8_0, "use_dora");
-    refused(in_folder("odd"), out, CHOIR_Q8_0, "[5, 160]");
-    refused(in_folder("one"), out, CHOIR_F32, "Q8_0");
+    refused(patched("attention", "mlp.up_proj", "att.qu_proj"), out, CHOIR_Q8_0, "att.qu_proj");
+    refused(patched("unknown", "lora_B", "lora_C"), out, CHOIR_Q8_0, "lora_B");
+    refused(patched("no-mate", "2.mlp.up_proj.lora_A", "2.mlp.up_proj.lora_Z"), out, CHOIR_Q8_0,
+            "2.mlp.up_proj.lora_Z");
+    refused(patched("norm", "base_model.model.model.layers.0.mlp",
+                    "base_model.model.model.layers.0.nlp"),
+            out, CHOIR_Q8_0, "layers.0.nlp");
+}
+
+static void adapter_settings_that_mean_something_else_are_refused(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *config, *word;
+    } bad[] = {
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"use_dora\": true}", "use_dora"},
+        {"{\"peft_type\": \"LORA\", \"r\": 5, \"lora_alpha\": 8}", "[5, 160]"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4}", "lora_alpha"},
+        {"{\"peft_type\": \"LORA\", \"lora_alpha\": 8}", "no number for r"},
+        {"{\"peft_type\": \"LORA\", \"r\": 0, \"lora_alpha\": 8}", "r is 0"},
+        {"{\"peft_type\": \"LORA\", \"r\": 3.5, \"lora_alpha\": 8}", "r is 3.5"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1e300}", "lora_alpha is 1e+300"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"bias\": \"all\"}", "\"all\""},
+        {"{\"peft_type\": \"IA3\"}", "IA3"},
+        {"{\"peft_type\": ", "line 1"},
+        {"", "adapter_config.json"},
+    };
+    write_adapter(in_folder("odd"), &shape, 1);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        write_text(in_folder("odd"), "adapter_config.json", bad[i].config);
+        refused(in_folder("odd"), in_folder("refused.gguf"), CHOIR_Q8_0, bad[i].word);
+    }
+}
+
+static void adapters_cut_short_are_refused(void **state)
+{
+    (void)state;
+    char path[128];
+    write_adapter(in_folder("cut"), &shape, 1);
+    snprintf(path, sizeof path, "%s/cut/adapter_model.safetensors", folder);
+    struct stat whole;
+    assert_int_equal(stat(path, &whole), 0);
+    for (off_t bytes = whole.st_size - 1; bytes > 0; bytes -= bytes < 10 ? 1 : 199) {
+        assert_int_equal(truncate(path, bytes < 1 ? 1 : bytes), 0);
+        refused(in_folder("cut"), in_folder("refused.gguf"), CHOIR_Q8_0, path);
+    }
+}
+
+/* Found while the output is written, which is when the whole weight is first known. */
+static void weights_that_a_type_cannot_hold_are_refused(void **state)
+{
+    (void)state;
+    lora_shape none = shape, huge = shape;
+    none.size = NAN;
+    huge.size = 1e30F;
+    write_adapter(in_folder("nan"), &none, 1);
+    write_adapter(in_folder("huge"), &huge, 1);
+    refused(in_folder("nan"), in_folder("refused"), CHOIR_F32, "holds NaN");
+    refused(in_folder("huge"), in_folder("refused"), CHOIR_F16, "expert 'one'");
+    refused(in_folder("huge"), in_folder("refused.gguf"), CHOIR_Q8_0, "blk.0.ffn_gate_exps");
+}
+
+static void other_bases_are_refused(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *base, *word;
+    } bad[] = {
+        {"tests/fixtures/models/mixtral", "dense"},
+        {"tests/fixtures/models/qwen2", "attention"},
+        {"tests/fixtures/models/none", "models/none"},
+        {BASE, "is a folder"}, /* for a GGUF output */
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        uint32_t before = n_in_folder(folder);
+        failed(upcycle_base(bad[i].base, in_folder("one"), in_folder("two"),
+                            in_folder("refused.gguf"), CHOIR_Q8_0, CHOIR_GATES_UNIFORM),
+               before, bad[i].word);
+    }
+}
+
+static void places_that_cannot_be_written_are_refused(void **state)
+{
+    (void)state;
+    assert_int_equal(mkdir(in_folder("taken.gguf"), 0777), 0);
+    refused(in_folder("one"), in_folder("refused.gguf"), CHOIR_F32, "Q8_0");
+    refused(in_folder("one"), in_folder("refused"), CHOIR_Q8_0, "BF16");
     refused(in_folder("one"), in_folder("base.txt/x.gguf"), CHOIR_Q8_0, "base.txt");
     refused(in_folder("one"), in_folder("base.txt/x"), CHOIR_BF16, "base.txt");
+    refused(in_folder("one"), in_folder("base.txt"), CHOIR_BF16, "there already");
+    refused(in_folder("one"), in_folder("not-there/x.gguf"), CHOIR_Q8_0, "not-there");
+    refused(in_folder("one"), in_folder("taken.gguf"), CHOIR_Q8_0, "taken.gguf");
     refused(in_folder("one"), folder, CHOIR_BF16, "there already");
+}
+
+/* Files end at `bytes`, as on a full disk; 0 ends it. */
+static void limit_files(rlim_t bytes)
+{
+    struct rlimit limit;
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &limit), 0);
+    limit.rlim_cur = bytes == 0 ? limit.rlim_max : bytes;
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
+}
+
+static void a_full_disk_leaves_the_old_file_whole(void **state)
+{
+    (void)state;
+    write_text(folder, "old.gguf", "what was there before");
+    signal(SIGXFSZ, SIG_IGN);
+    for (rlim_t bytes = 100; bytes < 200000; bytes *= 3) {
+        limit_files(bytes);
+        refused(in_folder("one"), in_folder("old.gguf"), CHOIR_Q8_0, "File too large");
+        refused(in_folder("one"), in_folder("new"), CHOIR_BF16, "File too large");
+        limit_files(0);
+    }
+    char *text;
+    size_t bytes;
+    must(choir_file_read(in_folder("old.gguf"), 100, &text, &bytes));
+    assert_string_equal(text, "what was there before");
+    choir_free(text);
+}
+
+/* A process that was killed leaves its folder; the next one of that number must not take it over.
+ */
+static void what_a_killed_process_left_is_not_part_of_the_output(void **state)
+{
+    (void)state;
+    char left[160];
+    snprintf(left, sizeof left, "%s/again.tmp-%ld", folder, (long)getpid());
+    assert_int_equal(mkdir(left, 0777), 0);
+    write_text(left, "model.safetensors.index.json", "{\"weight_map\": {}}");
+    write_text(left, "model-00099-of-00099.safetensors", "half");
+    must(upcycle(in_folder("one"), in_folder("two"), in_folder("again"), CHOIR_BF16,
+                 CHOIR_GATES_UNIFORM));
+    assert_false(choir_file_exists(in_folder("again/model-00099-of-00099.safetensors")));
+    assert_true(difference(in_folder("again"), 0, BASE, -1) < 1e-5);
 }
 
 static size_t bytes_held(void)
@@ -260,7 +400,14 @@ int main(void)
         cmocka_unit_test(expert_i_is_the_base_with_adapter_i),
         cmocka_unit_test(equal_experts_are_the_dense_model),
         cmocka_unit_test(an_expert_of_any_type_is_the_merged_model_in_that_type),
-        cmocka_unit_test(what_does_not_fit_is_refused),
+        cmocka_unit_test(adapters_that_do_not_fit_are_refused),
+        cmocka_unit_test(adapter_settings_that_mean_something_else_are_refused),
+        cmocka_unit_test(adapters_cut_short_are_refused),
+        cmocka_unit_test(weights_that_a_type_cannot_hold_are_refused),
+        cmocka_unit_test(other_bases_are_refused),
+        cmocka_unit_test(places_that_cannot_be_written_are_refused),
+        cmocka_unit_test(a_full_disk_leaves_the_old_file_whole),
+        cmocka_unit_test(what_a_killed_process_left_is_not_part_of_the_output),
         cmocka_unit_test(memory_that_runs_out),
     };
     return cmocka_run_group_tests_name("upcycle", tests, set_up, tear_down);
