@@ -51,14 +51,15 @@ static bool encode_q8_0(const float *x, uint8_t *out)
     return true;
 }
 
-/* d = (max - min) / 15, q = (x - min) / d rounded; elements i and i + 16 share a byte */
+/* d = (max - min) / 15, q = (x - min) / d rounded; elements i and i + 16 share a byte. Of 0 and -0
+ * the first is the minimum, as in llama.cpp: fminf() and NumPy leave it open. */
 static bool encode_q4_1(const float *x, uint8_t *out)
 {
     float min = x[0], max = x[0];
     uint8_t q[BLOCK];
     for (int i = 1; i < BLOCK; i++) {
-        min = fminf(min, x[i]);
-        max = fmaxf(max, x[i]);
+        if (x[i] < min) min = x[i];
+        if (x[i] > max) max = x[i];
     }
     float d = (max - min) / 15, inverse = inverse_of(d);
     if (d > F16_MAX || fabsf(min) > F16_MAX) return false;

@@ -20,6 +20,16 @@ blocks = [
     np.float32(1) + ramp * np.float32(2.0**-9), np.float32(1) + ramp * np.float32(2.0**-12), 65504 - ramp * 16,
 ]
 blocks += [random.standard_normal(32) * 10.0**random.integers(-8, 4) for _ in range(220)]
+for _ in range(8):
+    power = 2.0**random.integers(-120, 5)
+    halves = random.integers(-127, 127, 32) + 0.5
+    blocks += [
+        np.append(halves[:31], 127) * power,                              # ties of Q8_0, exactly
+        (np.append(abs(halves[:30]) % 15, [0, 15]) - 4) * power,          # and of Q4_1
+        np.nextafter((halves * 0.013).astype(np.float32), np.float32(0)), # the floats beside
+        random.standard_normal(32) * 1e-36,                               # scales that are denormals
+        np.append(random.standard_normal(31) * 1e-6, 60000),
+    ]
 rows = np.concatenate(blocks).astype(np.float32)
 bits = rows.view(np.uint32).astype(np.uint64)
 bf16 = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

@@ -71,11 +71,30 @@ static void rows_of_denormals_are_zeros(void **state)
     assert_memory_equal(out, zeros, 20);
 }
 
+/* As in llama.cpp; gguf-py's answer depends on NumPy's vector width. */
+static void of_two_zeros_the_first_is_the_minimum(void **state)
+{
+    (void)state;
+    static const float zeros[] = {0.0F, -0.0F};
+    for (int first = 0; first < 2; first++) {
+        float x[BLOCK];
+        uint8_t out[20];
+        for (int i = 0; i < BLOCK; i++) x[i] = zeros[(i + first) % 2];
+        for (int largest = 0; largest < 2; largest++) {
+            x[31] = largest ? 15 : x[31];
+            assert_true(choir_tune_encode(CHOIR_Q4_1, x, BLOCK, out));
+            assert_int_equal(out[1], largest ? 0x3C : 0); /* 1.0 or 0.0 */
+            assert_int_equal(out[3], first ? 0x80 : 0);   /* the sign */
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(rows_as_the_reference_has_them),
         cmocka_unit_test(rows_of_denormals_are_zeros),
+        cmocka_unit_test(of_two_zeros_the_first_is_the_minimum),
         cmocka_unit_test(what_a_type_cannot_hold_is_refused),
     };
     return cmocka_run_group_tests_name("encode", tests, NULL, NULL);
