@@ -155,6 +155,8 @@ uint32_t choir_engine_n_pages(const choir_engine *e) { return e->n_pages; }
 size_t choir_engine_page_bytes(const choir_engine *e) { return e->page_bytes; }
 const char *choir_engine_path(const choir_engine *e) { return e->path; }
 
+uint64_t choir_engine_digest(const choir_engine *e) { return e->digest; }
+
 const choir_chat_template *choir_engine_chat_template(const choir_engine *e)
 {
     return e->chat_template;

@@ -87,3 +87,5 @@ typedef struct choir_engine_sizes {
 } choir_engine_sizes;
 choir_engine_sizes choir_engine_memory(const choir_engine *engine);
 const char *choir_engine_path(const choir_engine *engine);
+/* XXH3 over all tensors' bytes as the file has them: changes whenever the weights do. */
+uint64_t choir_engine_digest(const choir_engine *engine);

@@ -1,13 +1,15 @@
-/* Binds a model file's tensors to the engine by role and packs them once into the kernels' layout, all
- * workers together. In exact mode matrices stay views into the file. */
+/* Binds a model file's tensors to the engine by role, packs them once into the kernels' layout and makes the
+ * digest of their bytes, all workers together. In exact mode matrices stay views into the file. */
 #include "engine/state.h"
 
 #include <stdlib.h>
+#include <xxhash.h>
 
 /* A matrix to be packed: its source in the file and its place in the engine. */
 typedef struct job {
     choir_tensor source;
     const choir_matrix *matrix;
+    uint32_t number; /* of the tensor, in the order of the roles */
 } job;
 
 typedef struct loader {
@@ -15,11 +17,20 @@ typedef struct loader {
     const choir_model_file *file;
     job *jobs;
     uint32_t n_jobs, max_jobs;
+    uint32_t n_tensors;
     uint64_t total_bytes;
+    _Atomic uint64_t digest;   /* relaxed sum over the tensors; read after the run */
     atomic_uint next_job;      /* relaxed ticket: jobs are disjoint; all meet at the run's end */
     _Atomic uint64_t packed;   /* relaxed: progress only */
     choir_progress progress;
 } loader;
+
+/* The sum does not depend on who adds first; the number keeps equal tensors apart. */
+static void add_to_digest(loader *l, const choir_tensor *t, uint32_t number)
+{
+    uint64_t hash = XXH3_64bits_withSeed(t->data, t->bytes, number);
+    atomic_fetch_add_explicit(&l->digest, hash, memory_order_relaxed);
+}
 
 static choir_status read_vector(loader *l, choir_role role, uint32_t layer_index, bool optional,
                                 float **out)
@@ -32,6 +43,7 @@ static choir_status read_vector(loader *l, choir_role role, uint32_t layer_index
         choir_arena_alloc(l->engine->vectors, (size_t)t.rows * t.cols * sizeof *values);
     if (values == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the model's vectors");
     for (uint32_t r = 0; r < t.rows; r++) choir_tensor_row(&t, r, values + (size_t)r * t.cols);
+    add_to_digest(l, &t, l->n_tensors++);
     *out = values;
     return CHOIR_OK;
 }
@@ -42,13 +54,12 @@ static choir_status plan_matrix(loader *l, choir_role role, uint32_t layer_index
 {
     choir_tensor t;
     CHOIR_TRY(choir_model_file_tensor(l->file, role, layer_index, expert, &t));
-    if (l->engine->options.exact) {
+    if (l->engine->options.exact)
         *out = choir_matrix_exact(&t);
-        return CHOIR_OK;
-    }
-    CHOIR_TRY(choir_matrix_plan(&t, out));
+    else
+        CHOIR_TRY(choir_matrix_plan(&t, out));
     CHOIR_ASSERT(l->n_jobs < l->max_jobs);
-    l->jobs[l->n_jobs++] = (job){t, out};
+    l->jobs[l->n_jobs++] = (job){t, out, l->n_tensors++};
     l->total_bytes += out->bytes;
     return CHOIR_OK;
 }
@@ -156,7 +167,9 @@ static void pack_jobs(void *arg, uint32_t worker, uint32_t n_workers)
         uint32_t i = atomic_fetch_add_explicit(&l->next_job, 1, memory_order_relaxed);
         if (i >= l->n_jobs) return;
         const choir_matrix *m = l->jobs[i].matrix;
-        choir_matrix_pack(m, &l->jobs[i].source, (void *)m->data, 0, m->rows);
+        add_to_digest(l, &l->jobs[i].source, l->jobs[i].number);
+        if (m->layout != CHOIR_LAYOUT_EXACT)
+            choir_matrix_pack(m, &l->jobs[i].source, (void *)m->data, 0, m->rows);
         uint64_t done =
             atomic_fetch_add_explicit(&l->packed, m->bytes, memory_order_relaxed) + m->bytes;
         if (worker == 0 && l->engine->options.show_progress)
@@ -193,6 +206,7 @@ choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *
     choir_workers_run(e->workers, pack_jobs, &l);
     if (e->options.show_progress) choir_progress_end(&l.progress);
     if (c->tied_head) e->head = e->embedding;
+    e->digest = atomic_load_explicit(&l.digest, memory_order_relaxed);
 done:
     choir_free(l.jobs);
     return status;

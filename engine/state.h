@@ -86,7 +86,7 @@ struct choir_engine {
     uint8_t *kv;
     size_t kv_bytes, page_bytes, layer_kv_bytes; /* of one layer in one page */
     uint32_t n_pages;
-    uint64_t file_bytes;
+    uint64_t file_bytes, digest;
 
     step step;
     void *scratch;

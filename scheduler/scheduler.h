@@ -42,7 +42,7 @@ typedef struct choir_step_engine {
     void (*zero_page)(void *engine, uint32_t page);
     uint32_t n_pages, page_tokens, vocab, max_positions, max_rows, max_spans;
     const choir_tokenizer *tokenizer; /* NULL: no text, ids only */
-    uint64_t digest;                  /* of what makes KV: model, versions; part of every prefix key */
+    uint64_t digest;                  /* of what makes KV: the weights; part of every prefix key */
     const int32_t *eos_ids;           /* end an answer unless ignore_eos; lent */
     uint32_t n_eos;
     uint32_t n_layers, n_experts_used; /* the shape of a route; 0: none */

@@ -1,8 +1,5 @@
 #include "scheduler/scheduler.h"
 
-#include <string.h>
-#include <xxhash.h>
-
 static choir_status step(void *engine, choir_span *spans, uint32_t n_spans)
 {
     return choir_engine_step(engine, spans, n_spans);
@@ -18,7 +15,6 @@ static void zero_page(void *engine, uint32_t page) { choir_engine_zero_page(engi
 choir_step_engine choir_step_engine_of(choir_engine *engine)
 {
     const choir_model_config *c = choir_engine_config(engine);
-    const char *path = choir_engine_path(engine);
     uint64_t n_pages = choir_engine_n_pages(engine);
     return (choir_step_engine){
         .engine = engine,
@@ -32,7 +28,7 @@ choir_step_engine choir_step_engine_of(choir_engine *engine)
         .max_rows = choir_engine_max_rows(engine),
         .max_spans = choir_engine_max_spans(engine),
         .tokenizer = choir_engine_tokenizer(engine),
-        .digest = XXH3_64bits(path, strlen(path)),
+        .digest = choir_engine_digest(engine),
         .eos_ids = c->eos_ids,
         .n_eos = c->n_eos,
         .n_layers = c->n_layers,

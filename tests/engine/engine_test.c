@@ -1,10 +1,11 @@
-/* The engine's promises: bits that do not depend on batch, chunks, threads or pages; bad steps refused;
- * a warm step allocates nothing. The reference comparison is in oracle_test.c. */
+/* The engine's promises: bits that do not depend on batch, chunks, threads or pages; bad steps
+ * refused; a warm step allocates nothing. The reference comparison is in oracle_test.c. */
 #include "tests/engine/sequence.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,7 +13,8 @@
 
 enum { N_TOKENS = 70, N_PAGES = 40 };
 
-static const char *const models[] = {"tests/fixtures/models/llama", "tests/fixtures/models/mixtral"};
+static const char *const models[] = {"tests/fixtures/models/llama",
+                                     "tests/fixtures/models/mixtral"};
 
 static choir_engine *open_engine(const char *path, uint32_t n_threads, bool exact)
 {
@@ -236,7 +238,8 @@ static void test_warm_step_allocates_nothing(void **state)
     }
 }
 
-/* Every allocation of an open fails once; each time a sentence, no leak, and the next open works. */
+/* Every allocation of an open fails once; each time a sentence, no leak, and the next open works.
+ */
 static void test_open_survives_lack_of_memory(void **state)
 {
     (void)state;
@@ -258,6 +261,34 @@ static void test_open_survives_lack_of_memory(void **state)
     }
 }
 
+static uint64_t digest_of(const char *path, uint32_t n_threads, bool exact)
+{
+    choir_engine *engine = open_engine(path, n_threads, exact);
+    uint64_t digest = choir_engine_digest(engine);
+    choir_engine_close(engine);
+    return digest;
+}
+
+/* The digest belongs to the weights: not to threads or mode, but to every bit. */
+static void test_digest(void **state)
+{
+    (void)state;
+    const char *gguf = "tests/fixtures/models/llama.gguf";
+    uint64_t digest = digest_of(gguf, 1, false);
+    assert_true(digest == digest_of(gguf, 3, false) && digest == digest_of(gguf, 1, true));
+    assert_true(digest != digest_of(models[1], 1, false));
+    char *data, path[] = "/tmp/choir-digest-XXXXXX.gguf";
+    size_t bytes;
+    assert_int_equal(choir_file_read(gguf, 1 << 20, &data, &bytes), CHOIR_OK);
+    data[bytes - 100] ^= 1;
+    FILE *copy = fdopen(mkstemps(path, 5), "wb");
+    assert_int_equal(fwrite(data, 1, bytes, copy), bytes);
+    fclose(copy);
+    assert_true(digest != digest_of(path, 1, false));
+    remove(path);
+    choir_free(data);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -265,6 +296,7 @@ int main(void)
         cmocka_unit_test(test_among_others),
         cmocka_unit_test(test_targets_and_draws),
         cmocka_unit_test(test_routes),
+        cmocka_unit_test(test_digest),
         cmocka_unit_test(test_bad_steps),
         cmocka_unit_test(test_warm_step_allocates_nothing),
         cmocka_unit_test(test_open_survives_lack_of_memory),
