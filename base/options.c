@@ -231,8 +231,8 @@ static choir_status take_option(const choir_option *table, uint32_t n, int found
     return CHOIR_OK;
 }
 
-choir_status choir_options_parse(const choir_option *table, uint32_t n, int argc, char **argv,
-                                 void *values, choir_arguments *out)
+static choir_status parse(const choir_option *table, uint32_t n, int argc, char **argv,
+                          void *values, choir_arguments *out)
 {
     struct option longs[CHOIR_MAX_OPTIONS + 1] = {0};
     char letters[3 * CHOIR_MAX_OPTIONS + 2] = ":";
@@ -259,6 +259,14 @@ choir_status choir_options_parse(const choir_option *table, uint32_t n, int argc
         out->positional[out->n_positional++] = argv[i];
     }
     return CHOIR_OK;
+}
+
+choir_status choir_options_parse(const choir_option *table, uint32_t n, int argc, char **argv,
+                                 void *values, choir_arguments *out)
+{
+    choir_status status = parse(table, n, argc, argv, values, out);
+    if (status != CHOIR_OK) choir_options_free(out);
+    return status;
 }
 
 void choir_options_free(choir_arguments *arguments)

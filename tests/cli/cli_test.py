@@ -339,8 +339,8 @@ class Serve(Case):
         done = choir("serve", self.dense, "--memory", "1K")
         self.assertEqual(done.returncode, 1)
         self.assertIn("--memory", done.stderr)
-        done = choir("serve", self.dense, "--listen", "not an address")
-        self.assertEqual(done.returncode, 1)
+        self.fails(2, "must be HOST:PORT or unix:/path", "serve", self.dense, "--listen", "not an address")
+        self.fails(2, "must be 0 to 65535", "serve", self.dense, "--listen", "127.0.0.1:65536")
 
 
 class Chat(Case):

@@ -1,36 +1,9 @@
 /* A config.json, and behind a zero byte a generation_config.json: read or refused; what passes the
  * check has shapes that the token path can divide by. */
-#include "base/base.h"
 #include "engine/model_config.h"
+#include "tests/fuzz/two_files.h"
 
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-static char folder[] = "/tmp/choir-fuzz-XXXXXX", config_path[64], generation_path[64];
-
-static void remove_folder(void)
-{
-    unlink(config_path);
-    unlink(generation_path);
-    rmdir(folder);
-}
-
-static void make_folder(void)
-{
-    CHOIR_ASSERT(mkdtemp(folder) != NULL);
-    snprintf(config_path, sizeof config_path, "%s/config.json", folder);
-    snprintf(generation_path, sizeof generation_path, "%s/generation_config.json", folder);
-    atexit(remove_folder);
-}
-
-static void write_file(const char *path, const uint8_t *data, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    CHOIR_ASSERT(f != NULL && fwrite(data, 1, bytes, f) == bytes && fclose(f) == 0);
-}
 
 static void check_config(const choir_model_config *c)
 {
@@ -50,12 +23,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
-    if (config_path[0] == '\0') make_folder();
-    const uint8_t *zero = bytes > 0 ? memchr(data, 0, bytes) : NULL;
-    size_t config_bytes = zero != NULL ? (size_t)(zero - data) : bytes;
-    write_file(config_path, data, config_bytes);
-    unlink(generation_path);
-    if (zero != NULL) write_file(generation_path, zero + 1, bytes - config_bytes - 1);
+    const char *folder = write_two_files("config.json", "generation_config.json", data, bytes);
     choir_model_config c;
     choir_status status = choir_config_read_hf(folder, &c);
     if (status == CHOIR_OK) status = choir_config_check(folder, &c);

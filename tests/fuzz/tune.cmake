@@ -1,0 +1,3 @@
+if(TARGET choir_tune)
+    choir_fuzz(adapter_fuzz SOURCES adapter_fuzz.c LINKS choir_tune)
+endif()
