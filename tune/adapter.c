@@ -8,6 +8,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#include <strings.h>
 
 enum { MAX_RANK = 1024, MAX_CONFIG_BYTES = 1 << 20, MAX_PATH_BYTES = 4096 };
 
@@ -36,6 +37,17 @@ static bool is_off(const json_t *value)
            (json_is_object(value) && json_object_size(value) == 0);
 }
 
+/* PiSSA, OLoRA and their like subtract from W what they start A and B with. */
+static bool keeps_base(const json_t *init)
+{
+    static const char *const keeping[] = {"gaussian", "orthogonal", "eva", "mica"};
+    const char *name = json_string_value(init);
+    bool keeps = name == NULL;
+    for (size_t i = 0; !keeps && i < sizeof keeping / sizeof *keeping; i++)
+        keeps = strcasecmp(name, keeping[i]) == 0;
+    return keeps;
+}
+
 static choir_status check_config(const reader *r)
 {
     const char *type = json_string_value(json_object_get(r->config, "peft_type"));
@@ -46,6 +58,13 @@ static choir_status check_config(const reader *r)
     if (bias != NULL && strcmp(bias, "none") != 0)
         return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: bias is \"%.40s\"; Choir merges \"none\"",
                           r->folder, bias);
+    if (!keeps_base(json_object_get(r->config, "init_lora_weights")))
+        return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                          "%s: init_lora_weights is \"%.40s\", which trains beside changed weights "
+                          "of the base; save "
+                          "the adapter with PEFT's path_initial_model_for_weight_conversion",
+                          r->folder,
+                          json_string_value(json_object_get(r->config, "init_lora_weights")));
     for (size_t i = 0; i < sizeof must_be_off / sizeof *must_be_off; i++)
         if (!is_off(json_object_get(r->config, must_be_off[i])))
             return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: %s is set, which cannot be merged",

@@ -138,6 +138,33 @@ static void expert_i_is_the_base_with_adapter_i(void **state)
     assert_true(difference(moe, 2, moe, 1) > 1e-2);
 }
 
+/* The same scale of 0.5, as PEFT may also write it. */
+static void settings_that_mean_the_same_are_read(void **state)
+{
+    (void)state;
+    static const char *const same[] = {
+        "\"r\": 4, \"lora_alpha\": 1, \"use_rslora\": true",
+        "\"r\": 7, \"lora_alpha\": 2, \"rank_pattern\": {\"mlp.gate_proj\": 4, "
+        "\"up_proj\": 4, \"layers.0.mlp.down_proj\": 4, \"model.layers.1.mlp.down_proj\": 4, "
+        "\"2.mlp.down_proj\": 4, \"own_proj\": 9}",
+        "\"r\": 4, \"lora_alpha\": 3, \"alpha_pattern\": {\"gate_proj\": 2, \"mlp.up_proj\": 2, "
+        "\"down_proj\": 2.0}",
+        "\"r\": 4, \"lora_alpha\": 2, \"init_lora_weights\": \"gaussian\", \"use_dora\": false, "
+        "\"modules_to_save\": null, \"lora_bias\": false, \"bias\": \"none\"",
+    };
+    write_adapter(in_folder("said"), &shape, 1);
+    write_merged(BASE, in_folder("meant"), &shape, 1, CHOIR_F32);
+    for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
+        char text[512];
+        snprintf(text, sizeof text, "{\"peft_type\": \"LORA\", %s}", same[i]);
+        write_text(in_folder("said"), "adapter_config.json", text);
+        must(upcycle(in_folder("said"), in_folder("two"), in_folder("said-moe"), CHOIR_F32,
+                     CHOIR_GATES_UNIFORM));
+        assert_true(difference(in_folder("said-moe"), 1, in_folder("meant"), -1) < 1e-5);
+        remove_folder(in_folder("said-moe"));
+    }
+}
+
 static void equal_experts_are_the_dense_model(void **state)
 {
     (void)state;
@@ -248,6 +275,11 @@ static void adapter_settings_that_mean_something_else_are_refused(void **state)
         {"{\"peft_type\": \"LORA\", \"r\": 3.5, \"lora_alpha\": 8}", "r is 3.5"},
         {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1e300}", "lora_alpha is 1e+300"},
         {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"bias\": \"all\"}", "\"all\""},
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"init_lora_weights\": "
+         "\"pissa_niter_4\"}",
+         "pissa_niter_4"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"init_lora_weights\": \"olora\"}",
+         "olora"},
         {"{\"peft_type\": \"IA3\"}", "IA3"},
         {"{\"peft_type\": ", "line 1"},
         {"", "adapter_config.json"},
@@ -398,6 +430,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(expert_i_is_the_base_with_adapter_i),
+        cmocka_unit_test(settings_that_mean_the_same_are_read),
         cmocka_unit_test(equal_experts_are_the_dense_model),
         cmocka_unit_test(an_expert_of_any_type_is_the_merged_model_in_that_type),
         cmocka_unit_test(adapters_that_do_not_fit_are_refused),
