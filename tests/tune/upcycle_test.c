@@ -24,6 +24,7 @@
 enum { N_TOKENS = 40 };
 
 static const lora_shape shape = {3, 64, 160, 4, 0.5F, 0.1F};
+static const char two_text[] = "It was the best of times, it was the worst of times.";
 static char folder[64];
 
 /* A path in this test's folder; sixteen at a time. */
@@ -45,7 +46,7 @@ static int set_up(void **state)
     write_adapter(in_folder("two"), &shape, 2);
     write_text(folder, "base.txt", "The wind blew and the old house stood on its hill.");
     write_text(folder, "one.txt", "for i in range(10): print(i * i)");
-    write_text(folder, "two.txt", "It was the best of times, it was the worst of times.");
+    write_text(folder, "two.txt", two_text);
     return 0;
 }
 
@@ -207,6 +208,34 @@ static void an_expert_of_any_type_is_the_merged_model_in_that_type(void **state)
     assert_true(choir_file_exists(in_folder("bf16/model.safetensors.index.json")));
 }
 
+/* Rows of q and k lie in pairs in GGUF and in halves in a folder. */
+static void a_folder_from_gguf_is_the_folder_from_a_folder(void **state)
+{
+    (void)state;
+    const char *one = in_folder("one"), *two = in_folder("two");
+    must(upcycle_base(BASE_GGUF, one, two, in_folder("gguf-base"), CHOIR_F32, CHOIR_GATES_HIDDEN));
+    must(upcycle_base(BASE, one, two, in_folder("folder-base"), CHOIR_F32, CHOIR_GATES_HIDDEN));
+    for (int32_t expert = -1; expert < 3; expert++)
+        assert_true(difference(in_folder("gguf-base"), expert, in_folder("folder-base"), expert) <
+                    1e-5);
+}
+
+static void an_output_has_the_same_bytes_again(void **state)
+{
+    (void)state;
+    char *first, *again;
+    size_t n_first, n_again;
+    for (int i = 0; i < 2; i++)
+        must(upcycle(in_folder("one"), in_folder("two"), in_folder(i == 0 ? "1.gguf" : "2.gguf"),
+                     CHOIR_Q4_1, CHOIR_GATES_HIDDEN));
+    must(choir_file_read(in_folder("1.gguf"), 1 << 24, &first, &n_first));
+    must(choir_file_read(in_folder("2.gguf"), 1 << 24, &again, &n_again));
+    assert_int_equal(n_first, n_again);
+    assert_memory_equal(first, again, n_first);
+    choir_free(first);
+    choir_free(again);
+}
+
 /* A sentence with this word, and nothing new in the folder, under any name. */
 static void failed(choir_status status, uint32_t before, const char *word)
 {
@@ -352,6 +381,61 @@ static void places_that_cannot_be_written_are_refused(void **state)
     refused(in_folder("one"), folder, CHOIR_BF16, "there already");
 }
 
+static void sample_texts_that_say_nothing_are_refused(void **state)
+{
+    (void)state;
+    static const char *const texts[] = {"", NULL};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        if (texts[i] != NULL)
+            write_text(folder, "two.txt", texts[i]);
+        else
+            assert_int_equal(unlink(in_folder("two.txt")), 0);
+        uint32_t before = n_in_folder(folder);
+        failed(upcycle(in_folder("one"), in_folder("two"), in_folder("refused.gguf"), CHOIR_Q8_0,
+                       CHOIR_GATES_HIDDEN),
+               before, "two.txt");
+    }
+    write_text(folder, "two.txt", two_text);
+}
+
+static void options_out_of_bounds_are_refused(void **state)
+{
+    (void)state;
+    const char *one = in_folder("one");
+    const choir_upcycle_expert bad_name[] = {{"a/b", one, NULL}},
+                               named_base[] = {{"base", one, NULL}};
+    const choir_upcycle_expert twins[] = {{"a", one, NULL}, {"a", one, NULL}},
+                               good[] = {{"a", one, NULL}};
+    choir_upcycle_options o = CHOIR_UPCYCLE_OPTIONS_DEFAULT;
+    o.base = BASE;
+    o.out = in_folder("refused");
+    o.gates = CHOIR_GATES_UNIFORM;
+    const choir_upcycle_options sound = o;
+    const uint32_t before = n_in_folder(folder);
+#define REFUSED(word, ...)                                                                         \
+    do {                                                                                           \
+        o = sound;                                                                                 \
+        o.experts = good;                                                                          \
+        o.n_experts = 1;                                                                           \
+        __VA_ARGS__;                                                                               \
+        failed(choir_upcycle(&o), before, word);                                                   \
+    } while (0)
+    REFUSED("a/b", o.experts = bad_name);
+    REFUSED("base", o.experts = named_base);
+    REFUSED("two experts", o.experts = twins, o.n_experts = 2);
+    REFUSED("0 adapters", o.n_experts = 0);
+    REFUSED("64 adapters", o.n_experts = 64);
+    REFUSED("0 experts per token", o.top_k = 0);
+    REFUSED("3 experts per token", o.top_k = 3);
+    REFUSED("temperature", o.temperature = NAN);
+    REFUSED("temperature", o.temperature = 0);
+    REFUSED("0 bytes", o.shard_bytes = 0);
+    REFUSED("base", o.gates = CHOIR_GATES_HIDDEN);
+    REFUSED("a base", o.base = NULL);
+    REFUSED("an output", o.out = "");
+#undef REFUSED
+}
+
 /* Files end at `bytes`, as on a full disk; 0 ends it. */
 static void limit_files(rlim_t bytes)
 {
@@ -433,12 +517,16 @@ int main(void)
         cmocka_unit_test(settings_that_mean_the_same_are_read),
         cmocka_unit_test(equal_experts_are_the_dense_model),
         cmocka_unit_test(an_expert_of_any_type_is_the_merged_model_in_that_type),
+        cmocka_unit_test(a_folder_from_gguf_is_the_folder_from_a_folder),
+        cmocka_unit_test(an_output_has_the_same_bytes_again),
         cmocka_unit_test(adapters_that_do_not_fit_are_refused),
         cmocka_unit_test(adapter_settings_that_mean_something_else_are_refused),
         cmocka_unit_test(adapters_cut_short_are_refused),
         cmocka_unit_test(weights_that_a_type_cannot_hold_are_refused),
         cmocka_unit_test(other_bases_are_refused),
         cmocka_unit_test(places_that_cannot_be_written_are_refused),
+        cmocka_unit_test(sample_texts_that_say_nothing_are_refused),
+        cmocka_unit_test(options_out_of_bounds_are_refused),
         cmocka_unit_test(a_full_disk_leaves_the_old_file_whole),
         cmocka_unit_test(what_a_killed_process_left_is_not_part_of_the_output),
         cmocka_unit_test(memory_that_runs_out),
