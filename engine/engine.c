@@ -16,8 +16,9 @@ static choir_status check_options(choir_engine_options *o)
 {
     if (o->level == CHOIR_CPU_N_LEVELS) o->level = choir_cpu_best_level();
     if (choir_kernels_at(o->level) == NULL)
-        return choir_fail(CHOIR_E_PRECONDITION, "this CPU lacks what level %d of the kernels needs",
-                          (int)o->level);
+        return choir_fail(
+            CHOIR_E_PRECONDITION, "this CPU (or build) lacks what %s kernels need; its best are %s",
+            choir_cpu_level_text(o->level), choir_cpu_level_text(choir_cpu_best_level()));
     if (o->n_threads == 0) {
         long n = sysconf(_SC_NPROCESSORS_ONLN);
         o->n_threads = n < 1 ? 1 : n > 256 ? 256 : (uint32_t)n;
@@ -30,8 +31,9 @@ static choir_status check_options(choir_engine_options *o)
     return CHOIR_OK;
 }
 
-/* Inverse frequencies of rope, f32 as the reference implementations have them. Llama 3.1 stretches long
- * wavelengths by `factor` and blends in between; GGUF files hold that as divisors per frequency. */
+/* Inverse frequencies of rope, f32 as the reference implementations have them. Llama 3.1 stretches
+ * long wavelengths by `factor` and blends in between; GGUF files hold that as divisors per
+ * frequency. */
 static choir_status make_frequencies(choir_engine *e, const choir_model_file *file)
 {
     const choir_rope_config *r = &e->config.rope;
@@ -72,8 +74,7 @@ static choir_status open_template(choir_engine *e, const choir_model_file *file)
 {
     const char *source = choir_model_file_chat_template(file);
     if (source == NULL) return CHOIR_OK;
-    choir_status status =
-        choir_chat_template_compile(source, strlen(source), &e->chat_template);
+    choir_status status = choir_chat_template_compile(source, strlen(source), &e->chat_template);
     if (status == CHOIR_OK || status == CHOIR_E_NO_MEMORY) return status;
     /* Text and token prompts still work without it. */
     choir_log(CHOIR_LOG_WARNING, "%s: chat is off, its template does not compile: %s", e->path,
@@ -145,17 +146,47 @@ void choir_engine_close(choir_engine *e)
     choir_free(e);
 }
 
-const choir_model_config *choir_engine_config(const choir_engine *e) { return &e->config; }
-const choir_tokenizer *choir_engine_tokenizer(const choir_engine *e) { return e->tokenizer; }
-const choir_kernels *choir_engine_kernels(const choir_engine *e) { return e->kernels; }
-uint32_t choir_engine_n_threads(const choir_engine *e) { return e->n_threads; }
-uint32_t choir_engine_max_rows(const choir_engine *e) { return e->options.max_rows; }
-uint32_t choir_engine_max_spans(const choir_engine *e) { return e->options.max_spans; }
-uint32_t choir_engine_n_pages(const choir_engine *e) { return e->n_pages; }
-size_t choir_engine_page_bytes(const choir_engine *e) { return e->page_bytes; }
-const char *choir_engine_path(const choir_engine *e) { return e->path; }
+const choir_model_config *choir_engine_config(const choir_engine *e)
+{
+    return &e->config;
+}
+const choir_tokenizer *choir_engine_tokenizer(const choir_engine *e)
+{
+    return e->tokenizer;
+}
+const choir_kernels *choir_engine_kernels(const choir_engine *e)
+{
+    return e->kernels;
+}
+uint32_t choir_engine_n_threads(const choir_engine *e)
+{
+    return e->n_threads;
+}
+uint32_t choir_engine_max_rows(const choir_engine *e)
+{
+    return e->options.max_rows;
+}
+uint32_t choir_engine_max_spans(const choir_engine *e)
+{
+    return e->options.max_spans;
+}
+uint32_t choir_engine_n_pages(const choir_engine *e)
+{
+    return e->n_pages;
+}
+size_t choir_engine_page_bytes(const choir_engine *e)
+{
+    return e->page_bytes;
+}
+const char *choir_engine_path(const choir_engine *e)
+{
+    return e->path;
+}
 
-uint64_t choir_engine_digest(const choir_engine *e) { return e->digest; }
+uint64_t choir_engine_digest(const choir_engine *e)
+{
+    return e->digest;
+}
 
 const choir_chat_template *choir_engine_chat_template(const choir_engine *e)
 {

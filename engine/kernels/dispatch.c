@@ -49,11 +49,17 @@ choir_cpu_level choir_cpu_best_level(void)
     return (choir_cpu_level)level;
 }
 
+static const char *const level_names[CHOIR_CPU_N_LEVELS] = {"reference", "avx2", "avx512vnni"};
+
+const char *choir_cpu_level_text(choir_cpu_level level)
+{
+    return level_names[level];
+}
+
 bool choir_cpu_level_parse(const char *text, choir_cpu_level *out)
 {
-    static const char *const names[CHOIR_CPU_N_LEVELS] = {"reference", "avx2", "avx512vnni"};
     for (uint32_t i = 0; i < CHOIR_CPU_N_LEVELS; i++)
-        if (strcmp(text, names[i]) == 0) {
+        if (strcmp(text, level_names[i]) == 0) {
             *out = (choir_cpu_level)i;
             return true;
         }

@@ -144,4 +144,5 @@ typedef struct choir_kernels {
 choir_cpu_level choir_cpu_best_level(void);
 /* The table of a level; NULL when this CPU (or this build) lacks it. */
 const choir_kernels *choir_kernels_at(choir_cpu_level level);
+const char *choir_cpu_level_text(choir_cpu_level level); /* "avx2" */
 bool choir_cpu_level_parse(const char *text, choir_cpu_level *out); /* "reference", "avx2", … */
