@@ -2,7 +2,9 @@
  * OWNS    Its engine and scheduler, or its client.
  * THREADS The main thread; Ctrl-C (choir_cli_interrupted) ends the running answer.
  * ERRORS  Those of the scheduler or of the server, sentence included; CHOIR_E_CANCELLED after
- * Ctrl-C. LIMITS  One answer at a time. NEXT    scheduler/scheduler.h, server/client.h */
+ *         Ctrl-C.
+ * LIMITS  One answer at a time.
+ * NEXT    scheduler/scheduler.h, server/client.h */
 #pragma once
 #include "cli/cli.h"
 #include "scheduler/scheduler.h"

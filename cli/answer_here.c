@@ -32,11 +32,7 @@ static choir_status chat_tokens(const choir_engine *engine, const json_t *messag
 /* The flags over the model's generation_config over the stated defaults. */
 static choir_sampling sampling_of(const choir_cli_sampling_values *v, const choir_model_config *c)
 {
-    choir_sampling s = CHOIR_SAMPLING_DEFAULT;
-    if (c->temperature >= 0) s.temperature = c->temperature;
-    if (c->top_p > 0) s.top_p = c->top_p;
-    if (c->top_k > 0) s.top_k = (uint32_t)c->top_k;
-    if (c->repetition_penalty > 0) s.repetition_penalty = c->repetition_penalty;
+    choir_sampling s = choir_sampling_of_model(c);
     if (v->temperature >= 0) s.temperature = (float)v->temperature;
     if (v->top_p >= 0) s.top_p = (float)v->top_p;
     if (v->top_k != CHOIR_CLI_UNSET) s.top_k = (uint32_t)v->top_k;

@@ -2,8 +2,9 @@
  * OWNS    Nothing between verbs.
  * THREADS The main thread; a verb starts what it needs.
  * ERRORS  A verb returns a status; main prints its sentence on stderr. Exit codes: 0 done, 1
- * failed, 2 wrong usage. LIMITS  Only here are exit(), getenv() and the terminal touched. NEXT
- * cli/main.c; cli/answer.h for who answers in generate and chat */
+ *         failed, 2 wrong usage.
+ * LIMITS  Only here are exit(), getenv() and the terminal touched.
+ * NEXT    cli/main.c; cli/answer.h for who answers in generate and chat */
 #pragma once
 #include "base/base.h"
 #include "engine/engine.h"

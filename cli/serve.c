@@ -9,7 +9,8 @@
 
 typedef struct values {
     choir_cli_engine_values engine;
-    const char *config, *http, *adapters, *kv_cache_dtype, *tls_cert, *tls_key;
+    const char *config, *http, *override_generation_config, *adapters, *kv_cache_dtype, *tls_cert,
+        *tls_key;
     choir_option_list listen, served_model_name, api_key, lora_modules;
     uint64_t memory, max_model_len, max_num_seqs, max_num_batched_tokens, max_queued, seed;
     uint64_t shutdown_timeout, watchdog_timeout, max_message;
@@ -47,6 +48,10 @@ static const choir_option options[] = {
      "requests waiting at most", 1, 65536},
     {"no-prefix-cache", 0, CHOIR_OPTION_FLAG, offsetof(values, no_prefix_cache), NULL,
      "prompts share no KV pages", 0, 0},
+    {"override-generation-config", 0, CHOIR_OPTION_TEXT,
+     offsetof(values, override_generation_config), "JSON",
+     "how requests that do not say are sampled: temperature, top_p, top_k, repetition_penalty", 0,
+     0},
     {"kv-cache-dtype", 0, CHOIR_OPTION_TEXT, offsetof(values, kv_cache_dtype), "TYPE",
      "auto or f16", 0, 0},
     {"adapters", 0, CHOIR_OPTION_TEXT, offsetof(values, adapters), "DIR",
@@ -72,6 +77,7 @@ static const choir_option options[] = {
 
 typedef struct hosted {
     choir_engine *engine;
+    choir_model_config config; /* the engine's, with --override-generation-config */
     choir_scheduler *scheduler;
     char name[256];
 } hosted;
@@ -178,6 +184,9 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
     s.max_tokens_per_sequence = (uint32_t)v->max_model_len;
     s.prefix_cache = !v->no_prefix_cache;
     s.stall_ms = (uint32_t)v->watchdog_timeout * 1000;
+    out->config = *choir_engine_config(out->engine);
+    if (v->override_generation_config != NULL)
+        CHOIR_TRY(choir_generation_override(&out->config, v->override_generation_config));
     const choir_step_engine step = choir_step_engine_of(out->engine);
     CHOIR_TRY(choir_scheduler_create(&step, &s, &out->scheduler));
     name_of(v, i, path, out->name, sizeof out->name);
@@ -198,6 +207,7 @@ static choir_status serve(const values *v, hosted *models, uint32_t n, char *cer
     choir_server *server;
     for (uint32_t i = 0; i < n; i++) {
         served[i] = choir_server_model_of(models[i].name, models[i].engine, models[i].scheduler);
+        served[i].config = &models[i].config;
         served[i].max_tokens = (uint32_t)v->max_model_len;
     }
     o.listen = v->listen.item;
@@ -275,6 +285,9 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
         CHOIR_TRY(choir_server_check_address(v->listen.item[i]));
     if ((v->tls_cert != NULL) != (v->tls_key != NULL))
         return choir_fail(CHOIR_E_INVALID, "--tls-cert and --tls-key go together");
+    choir_model_config any = {.vocab = 1, .temperature = -1};
+    if (v->override_generation_config != NULL)
+        CHOIR_TRY(choir_generation_override(&any, v->override_generation_config));
     if (v->served_model_name.n > n)
         return choir_fail(CHOIR_E_INVALID, "--served-model-name is given %u times for %u models",
                           v->served_model_name.n, n);

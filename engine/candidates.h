@@ -1,9 +1,11 @@
-/* WHAT    The tokens that may still be drawn: a vocabulary of scores, narrowed by top-k, top-p and
- * min-p without sorting it, and the draw among those left. OWNS    Nothing: scores and numbers lie
- * in the caller's scratch of vocab * 8 bytes. THREADS One owner. ERRORS  None; scores are finite,
- * or -INFINITY for what is masked, and at least one is finite. LIMITS  Order is by score, then by
- * lower number: ties are cut the same way everywhere. Passes are linear in the vocabulary. NEXT
- * engine/sampler.c */
+/* WHAT    The tokens that may still be drawn: a vocabulary of scores, narrowed by top-k, top-p
+ *         and min-p without sorting it, and the draw among those left.
+ * OWNS    Nothing: scores and numbers lie in the caller's scratch of vocab * 8 bytes.
+ * THREADS One owner.
+ * ERRORS  None; scores are finite, or -INFINITY for what is masked, and at least one is finite.
+ * LIMITS  Order is by score, then by lower number: ties are cut the same way everywhere. Passes
+ *         are linear in the vocabulary.
+ * NEXT    engine/sampler.c */
 #pragma once
 #include "engine/kernels/kernels.h"
 

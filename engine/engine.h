@@ -42,6 +42,12 @@ uint32_t choir_engine_n_threads(const choir_engine *engine);
 uint32_t choir_engine_max_rows(const choir_engine *engine);
 uint32_t choir_engine_max_spans(const choir_engine *engine);
 
+/* What a request that leaves sampling out gets: the model's own values over CHOIR_SAMPLING_DEFAULT. */
+choir_sampling choir_sampling_of_model(const choir_model_config *config);
+/* {"temperature": 0.2, "top_p": 0.9}: the keys of generation_config.json, over the model's own. A bad key or
+ * value is CHOIR_E_INVALID, and the config is undefined then. */
+choir_status choir_generation_override(choir_model_config *config, const char *json) CHOIR_MUST_USE;
+
 enum { CHOIR_PAGE_TOKENS = 32 };
 uint32_t choir_engine_n_pages(const choir_engine *engine);
 size_t choir_engine_page_bytes(const choir_engine *engine);

@@ -3,6 +3,7 @@
 #include "base/base.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <string.h>
 
 typedef struct reader {
@@ -22,7 +23,8 @@ static choir_status read_count(const reader *r, const char *name, bool needed, u
     key_of(r, name, key, sizeof key);
     if (!choir_gguf_integer(r->gguf, key, &value)) {
         if (choir_gguf_find_array(r->gguf, key) != NULL)
-            return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: '%s' differs between layers", r->path, key);
+            return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: '%s' differs between layers", r->path,
+                              key);
         return needed ? choir_fail(CHOIR_E_FORMAT, "%s lacks '%s'", r->path, key) : CHOIR_OK;
     }
     if (value < 0 || value > 1 << 30)
@@ -96,7 +98,8 @@ static choir_status read_shapes(const reader *r, choir_model_config *c)
     read_real(r, "attention.layer_norm_rms_epsilon", &c->norm_eps);
     const choir_gguf_tensor *embedding = choir_gguf_find_tensor(r->gguf, "token_embd.weight");
     if (embedding == NULL || embedding->dims[1] > 1 << 30)
-        return choir_fail(CHOIR_E_FORMAT, "%s: tensor 'token_embd.weight' is missing or absurd", r->path);
+        return choir_fail(CHOIR_E_FORMAT, "%s: tensor 'token_embd.weight' is missing or absurd",
+                          r->path);
     c->vocab = (uint32_t)embedding->dims[1];
     c->tied_head = choir_gguf_find_tensor(r->gguf, "output.weight") == NULL;
     return CHOIR_OK;
@@ -113,6 +116,24 @@ static void read_ids(const choir_gguf *gguf, choir_model_config *c)
     if (choir_gguf_integer(gguf, "tokenizer.ggml.eot_token_id", &id)) choir_config_add_eos(c, id);
 }
 
+static void read_sampling(const choir_gguf *gguf, choir_model_config *c)
+{
+    const struct {
+        const char *key;
+        float *to;
+    } reals[] = {{"general.sampling.temp", &c->temperature},
+                 {"general.sampling.top_p", &c->top_p},
+                 {"general.sampling.penalty_repeat", &c->repetition_penalty}};
+    double real;
+    int64_t top_k;
+    for (size_t i = 0; i < sizeof reals / sizeof *reals; i++)
+        if (choir_gguf_real(gguf, reals[i].key, &real) && isfinite((float)real))
+            *reals[i].to = (float)real;
+    if (choir_gguf_integer(gguf, "general.sampling.top_k", &top_k) && top_k > 0 &&
+        top_k <= INT32_MAX)
+        c->top_k = (int32_t)top_k;
+}
+
 choir_status choir_config_read_gguf(const char *path, const choir_gguf *gguf, choir_model_config *c)
 {
     char architecture[64] = "", nearest[256];
@@ -124,15 +145,17 @@ choir_status choir_config_read_gguf(const char *path, const choir_gguf *gguf, ch
     CHOIR_TRY(read_count(&r, "expert_count", false, &c->n_experts));
     c->family = choir_family_of_architecture(architecture, c->n_experts > 0);
     if (c->family == NULL)
-        return choir_fail(CHOIR_E_UNIMPLEMENTED,
-                          "%s: 'general.architecture' is \"%s\"%s, a family Choir does not know; the "
-                          "nearest known ones are %s",
-                          path, architecture, c->n_experts > 0 ? " with experts" : "",
-                          choir_family_nearest(architecture, true, nearest, sizeof nearest));
+        return choir_fail(
+            CHOIR_E_UNIMPLEMENTED,
+            "%s: 'general.architecture' is \"%s\"%s, a family Choir does not know; the "
+            "nearest known ones are %s",
+            path, architecture, c->n_experts > 0 ? " with experts" : "",
+            choir_family_nearest(architecture, true, nearest, sizeof nearest));
     CHOIR_TRY(read_shapes(&r, c));
     CHOIR_TRY(read_experts(&r, c));
     CHOIR_TRY(read_rope(&r, c));
     read_ids(gguf, c);
+    read_sampling(gguf, c);
     copy_text(gguf, "general.name", c->name, sizeof c->name);
     if (c->name[0] == '\0') {
         const char *slash = strrchr(path, '/');

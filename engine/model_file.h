@@ -75,7 +75,7 @@ typedef struct choir_model_config {
     bool normalise_topk; /* chosen experts' weights sum to one */
     int32_t bos_id, eos_ids[16], pad_id; /* -1: none */
     uint32_t n_eos;
-    /* defaults from generation_config.json; negative or 0 = not given */
+    /* from generation_config.json or GGUF's general.sampling; negative or 0 (temperature: negative) = not given */
     float temperature, top_p;
     int32_t top_k;
     float repetition_penalty;

@@ -1,6 +1,10 @@
-/* WHAT    Philox4x32-10: 128 random bits as a pure function of a counter and a key (Salmon, Moraes,
- * Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011). OWNS    Nothing; there is no
- * state. THREADS Any. ERRORS  None. LIMITS  Not for secrets. NEXT    engine/sampler.c */
+/* WHAT    Philox4x32-10: 128 random bits as a pure function of a counter and a key (Salmon,
+ *         Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011).
+ * OWNS    Nothing; there is no state.
+ * THREADS Any.
+ * ERRORS  None.
+ * LIMITS  Not for secrets.
+ * NEXT    engine/sampler.c */
 #pragma once
 #include <stdint.h>
 

@@ -1,10 +1,11 @@
-/* WHAT    The pre-tokenizers that a GGUF file may name in tokenizer.ggml.pre, as rows of patterns.
+/* WHAT    The pre-tokenizers that a GGUF file may name in tokenizer.ggml.pre, as rows of
+ *         patterns.
  * OWNS    A constant table.
  * THREADS Any.
  * ERRORS  None.
- * LIMITS  Included by engine/tokenizer_gguf.c only. Sources: the models' own tokenizer.json files,
- * and llama.cpp's src/llama-vocab.cpp for which name means which. NEXT    engine/tokenizer_gguf.c
- */
+ * LIMITS  Included by engine/tokenizer_gguf.c only. Sources: the models' own tokenizer.json
+ *         files, and llama.cpp's src/llama-vocab.cpp for which name means which.
+ * NEXT    engine/tokenizer_gguf.c */
 #pragma once
 #include <stdbool.h>
 

@@ -1,8 +1,10 @@
 /* WHAT    The tokenizer's rooms as they see each other: vocabulary, BPE, patterns, the steps from
- * text to pieces, the stages from tokens to text. OWNS    choir_tokenizer owns all of it; scratch
- * belongs to one call of encode. THREADS Read-only after it is built, but for the word cache
- * (atomics of its own). ERRORS  As engine/tokenizer.h says. LIMITS  Included by engine/tokenizer*.c
- * only. NEXT    engine/tokenizer.c, which reads aloud. */
+ *         text to pieces, the stages from tokens to text.
+ * OWNS    choir_tokenizer owns all of it; scratch belongs to one call of encode.
+ * THREADS Read-only after it is built, but for the word cache (atomics of its own).
+ * ERRORS  As engine/tokenizer.h says.
+ * LIMITS  Included by engine/tokenizer*.c only.
+ * NEXT    engine/tokenizer.c, which reads aloud. */
 #pragma once
 #include "engine/tokenizer.h"
 #include "engine/tokenizer_buffer.h"

@@ -1,11 +1,12 @@
-/* WHAT    Patterns of a tokenizer file: literal strings, and regular expressions in the dialect of
- *         Oniguruma (Ruby's syntax), which the reference uses, translated for PCRE2.
+/* WHAT    Patterns of a tokenizer file: literal strings, and regular expressions in the dialect
+ *         of Oniguruma (Ruby's syntax), which the reference uses, translated for PCRE2.
  * OWNS    The compiled code. A choir_match is the scratch of one call.
  * THREADS A pattern is read-only after compile; a choir_match has one owner.
  * ERRORS  CHOIR_E_FORMAT (does not compile), CHOIR_E_UNIMPLEMENTED (a construct without a
- * translation), CHOIR_E_INVALID (a text on which the pattern backtracks beyond its limits). LIMITS
- * Patterns up to 16 KiB; the steps of one encode are bounded by its text's length. NEXT
- * engine/tokenizer_split.c, engine/tokenizer_normalize.c */
+ *         translation), CHOIR_E_INVALID (a text on which the pattern backtracks beyond its
+ *         limits).
+ * LIMITS  Patterns up to 16 KiB; the steps of one encode are bounded by its text's length.
+ * NEXT    engine/tokenizer_split.c, engine/tokenizer_normalize.c */
 #pragma once
 #include "base/memory.h"
 

@@ -1,7 +1,10 @@
 /* WHAT    What the tokenizer must know of Unicode: checked UTF-8, character classes of Unicode 16
- * as the reference's regex engine has them, and GPT-2's bytes written as characters. OWNS Constant
- * tables. THREADS Any. ERRORS  None. LIMITS  Text given to the stepping functions must have passed
- * choir_utf8_check(). NEXT    engine/tokenizer_pattern.h */
+ *         as the reference's regex engine has them, and GPT-2's bytes written as characters.
+ * OWNS    Constant tables.
+ * THREADS Any.
+ * ERRORS  None.
+ * LIMITS  Text given to the stepping functions must have passed choir_utf8_check().
+ * NEXT    engine/tokenizer_pattern.h */
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>

@@ -2,8 +2,9 @@
  * OWNS    Its channel. Messages are those of proto/proto.h.
  * THREADS One at a time; `stop` may be set by a signal handler or another thread.
  * ERRORS  The server's status as choir_status, its sentence as ours; CHOIR_E_UNAVAILABLE when
- * nobody answers; CHOIR_E_CANCELLED after `stop`. LIMITS  A text that holds a NUL ends there
- * (protobuf-c). NEXT    cli/generate.c */
+ *         nobody answers; CHOIR_E_CANCELLED after `stop`.
+ * LIMITS  A text that holds a NUL ends there (protobuf-c).
+ * NEXT    cli/generate.c */
 #pragma once
 #include "base/error.h"
 #include "proto/proto.h"

@@ -223,16 +223,6 @@ static choir_status resolve_prompt(choir_generate_request *r)
 
 /* --- sampling */
 
-choir_sampling choir_sampling_of_model(const choir_model_config *config)
-{
-    choir_sampling s = CHOIR_SAMPLING_DEFAULT;
-    if (config->temperature > 0) s.temperature = config->temperature;
-    if (config->top_p > 0) s.top_p = config->top_p;
-    if (config->top_k > 0) s.top_k = (uint32_t)config->top_k;
-    if (config->repetition_penalty > 0) s.repetition_penalty = config->repetition_penalty;
-    return s;
-}
-
 static choir_status draw_seed(uint64_t *seed)
 {
     if (getrandom(seed, sizeof *seed, 0) == (ssize_t)sizeof *seed) return CHOIR_OK;

@@ -1,9 +1,10 @@
-/* WHAT    From a GenerateRequest's bytes to a request the scheduler takes: checked, rendered,
- * tokenized. OWNS    The unpacked message and the arrays it makes; `request` points into them, so
- * it is not moved. THREADS Any; no state is shared. ERRORS  CHOIR_E_INVALID (names the field, the
- * value, the limit), CHOIR_E_NOT_FOUND (model), CHOIR_E_PRECONDITION (a capability that is not
- * there), CHOIR_E_NO_MEMORY. LIMITS  Those that proto/choir.proto states; counts and lengths are
- * checked before anything is copied. NEXT    server/generate.c */
+/* WHAT    From a GenerateRequest's bytes to a request the scheduler takes: checked, rendered, tokenized.
+ * OWNS    The unpacked message and the arrays it makes; `request` points into them, so it is not moved.
+ * THREADS Any; no state is shared.
+ * ERRORS  CHOIR_E_INVALID (names the field, the value, the limit), CHOIR_E_NOT_FOUND (model),
+ *         CHOIR_E_PRECONDITION (a capability that is not there), CHOIR_E_NO_MEMORY.
+ * LIMITS  Those that proto/choir.proto states; counts and lengths are checked before anything is copied.
+ * NEXT    server/generate.c */
 #pragma once
 #include "proto/proto.h"
 #include "server/server.h"
@@ -26,12 +27,10 @@ choir_status choir_generate_request_read(const uint8_t *data, size_t bytes,
  * empty. */
 choir_status choir_generate_request_resolve(choir_generate_request *r,
                                             const choir_server_model *model) CHOIR_MUST_USE;
-void choir_generate_request_free(
-    choir_generate_request *r); /* also after a failure; zeroed is fine */
+/* Also after a failure; zeroed is fine. */
+void choir_generate_request_free(choir_generate_request *r);
 
 uint32_t choir_server_model_max_tokens(const choir_server_model *model); /* prompt and answer */
-/* A model's answer to "what does a field left out mean". */
-choir_sampling choir_sampling_of_model(const choir_model_config *config);
 /* A chat as the model's template writes it, choir_free()d by the caller. */
 choir_status choir_chat_render(const choir_server_model *model, const Choir__V1__Chat *chat,
                                char **text, size_t *bytes) CHOIR_MUST_USE;

@@ -1,8 +1,10 @@
 /* WHAT    Messages on their way in and out: gRPC's buffers made contiguous and decompressed,
- * protobuf-c with Choir's memory, packing into a gRPC slice. OWNS    What receive and read give
- * belongs to the caller (choir_free(), choir_message_free()). THREADS Any. ERRORS  CHOIR_E_INVALID
- * (the bytes), CHOIR_E_NO_MEMORY. LIMITS  Only for bytes that choir_wire_check() passed. NEXT
- * server/wire.h */
+ *         protobuf-c with Choir's memory, packing into a gRPC slice.
+ * OWNS    What receive and read give belongs to the caller (choir_free(), choir_message_free()).
+ * THREADS Any.
+ * ERRORS  CHOIR_E_INVALID (the bytes), CHOIR_E_NO_MEMORY.
+ * LIMITS  Only for bytes that choir_wire_check() passed.
+ * NEXT    server/wire.h */
 #pragma once
 #include "base/error.h"
 #include "server/wire.h"

@@ -1,7 +1,11 @@
-/* WHAT    A bounded hand-over between threads: nodes that live inside their owners, first in, first
- * out. OWNS    Nothing but its lock; a node belongs to who pushed it until it is popped. THREADS
- * Any number on both ends. ERRORS  try_push: false when full or closed. LIMITS  `max` nodes; 0: no
- * bound of its own (each owner has one node, so the owners are the bound). NEXT    server/call.h */
+/* WHAT    A bounded hand-over between threads: nodes that live inside their owners, first in,
+ *         first out.
+ * OWNS    Nothing but its lock; a node belongs to who pushed it until it is popped.
+ * THREADS Any number on both ends.
+ * ERRORS  try_push: false when full or closed.
+ * LIMITS  `max` nodes; 0: no bound of its own (each owner has one node, so the owners are the
+ *         bound).
+ * NEXT    server/call.h */
 #pragma once
 #include "base/error.h"
 

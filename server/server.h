@@ -1,12 +1,15 @@
 /* WHAT    The gRPC front end: listener, methods of choir.v1, health, reflection; limits, auth,
- * drain. OWNS    Its calls and its threads (one for completions, one that moves tokens to calls,
- * one that watches, a few that parse requests). Models and schedulers are lent until destroy.
- * THREADS Everything but create and destroy: any. SIGTERM and SIGINT must be blocked before create.
+ *         drain.
+ * OWNS    Its calls and its threads (one for completions, one that moves tokens to calls, one
+ *         that watches, a few that parse requests). Models and schedulers are lent until destroy.
+ * THREADS Everything but create and destroy: any. SIGTERM and SIGINT must be blocked before
+ *         create.
  * ERRORS  create, start: CHOIR_E_INVALID (an option), CHOIR_E_IO (an address), CHOIR_E_NO_MEMORY.
  *         Errors of a call become its gRPC status (choir_status_grpc) and sentence.
  * LIMITS  Bounded everywhere: message and metadata sizes, calls, requests being parsed, one write
- * in flight per call. A slow reader holds its own sequence only (scheduler.h, outbox_bytes). NEXT
- * server/call.h for the life of a call; scheduler/scheduler.h below. */
+ *         in flight per call. A slow reader holds its own sequence only (scheduler.h,
+ *         outbox_bytes).
+ * NEXT    server/call.h for the life of a call; scheduler/scheduler.h below. */
 #pragma once
 #include "scheduler/scheduler.h"
 

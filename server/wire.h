@@ -1,8 +1,10 @@
 /* WHAT    Bytes from outside, checked against a message's descriptor before protobuf-c unpacks
- * them; and the few wire primitives that the reflection database and the writers need. OWNS
- * Nothing. THREADS Any. ERRORS  CHOIR_E_INVALID; the sentence names the field by its path, the
- * value and the limit. LIMITS  Nesting CHOIR_WIRE_MAX_DEPTH, CHOIR_WIRE_MAX_FIELDS fields in all.
- * Nothing is copied. NEXT    server/generate_request.h */
+ *         them; and the few wire primitives that the reflection database and the writers need.
+ * OWNS    Nothing.
+ * THREADS Any.
+ * ERRORS  CHOIR_E_INVALID; the sentence names the field by its path, the value and the limit.
+ * LIMITS  Nesting CHOIR_WIRE_MAX_DEPTH, CHOIR_WIRE_MAX_FIELDS fields in all. Nothing is copied.
+ * NEXT    server/generate_request.h */
 #pragma once
 #include "base/error.h"
 #include <protobuf-c/protobuf-c.h>

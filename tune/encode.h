@@ -1,7 +1,10 @@
-/* WHAT    Rows of f32 into the types that Choir writes: F32, F16, BF16, Q8_0, Q4_1; bit for bit
- * what gguf-py and PyTorch make of them. OWNS    Nothing. THREADS Any. ERRORS  false: a value is
- * NaN, infinite, or too large for the type. LIMITS  n is a multiple of the type's block. NEXT
- * tune/weights.h */
+/* WHAT    Rows of f32 into the types that Choir writes: F32, F16, BF16, Q8_0, Q4_1; bit for bit what gguf-py and
+ *         PyTorch make of them.
+ * OWNS    Nothing.
+ * THREADS Any.
+ * ERRORS  false: a value is NaN, infinite, or too large for the type.
+ * LIMITS  n is a multiple of the type's block.
+ * NEXT    tune/weights.h */
 #pragma once
 #include "engine/kernels/kernels.h"
 

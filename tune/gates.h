@@ -2,8 +2,9 @@
  * OWNS    Nothing.
  * THREADS One; it runs the engine.
  * ERRORS  CHOIR_E_INVALID (a sample text without tokens), CHOIR_E_DATA_LOSS (hidden states are
- * NaN). LIMITS  768 tokens a text, in windows of 256 with fresh KV; the engine in exact mode. NEXT
- * tune/upcycle.c */
+ *         NaN).
+ * LIMITS  768 tokens a text, in windows of 256 with fresh KV; the engine in exact mode.
+ * NEXT    tune/upcycle.c */
 #pragma once
 #include "tune/weights.h"
 

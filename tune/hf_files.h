@@ -2,8 +2,9 @@
  * OWNS    Nothing.
  * THREADS One.
  * ERRORS  CHOIR_E_UNIMPLEMENTED names what tokenizer.json cannot say; CHOIR_E_NO_MEMORY,
- * CHOIR_E_IO. LIMITS  From GGUF: byte-level BPE of a few pre-tokenizers. NEXT    tune/folder_out.c
- */
+ *         CHOIR_E_IO.
+ * LIMITS  From GGUF: byte-level BPE of a few pre-tokenizers.
+ * NEXT    tune/folder_out.c */
 #pragma once
 #include "tune/weights.h"
 #include <jansson.h>

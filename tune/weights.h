@@ -1,9 +1,10 @@
-/* WHAT    The mixture's weights, made row by row from the base, the adapters and the gates; and the
- * list of tensors of an output file, each with its place in the mixture. OWNS    choir_tune_moe:
- * the adapters and the gates. A plan: its list. THREADS Rows: any number at once. write: one owner,
- * which brings the workers. ERRORS  CHOIR_E_DATA_LOSS (a weight is NaN, infinite or too large for
- * the type), CHOIR_E_IO. LIMITS  A few MiB of rows are held at a time. NEXT    tune/gguf_out.h,
- * tune/folder_out.h */
+/* WHAT    The mixture's weights, made row by row from the base, the adapters and the gates; and
+ *         the list of tensors of an output file, each with its place in the mixture.
+ * OWNS    choir_tune_moe: the adapters and the gates. A plan: its list.
+ * THREADS Rows: any number at once. write: one owner, which brings the workers.
+ * ERRORS  CHOIR_E_DATA_LOSS (a weight is NaN, infinite or too large for the type), CHOIR_E_IO.
+ * LIMITS  A few MiB of rows are held at a time.
+ * NEXT    tune/gguf_out.h, tune/folder_out.h */
 #pragma once
 #include "base/base.h"
 #include "tune/adapter.h"

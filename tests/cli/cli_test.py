@@ -295,7 +295,8 @@ class Serve(Case):
     def test_a_life(self):
         config = self.folder / "serve.json"
         config.write_text('{"max-num-seqs": 4, "memory": "256MiB", "api-key": ["secret-1"]}')
-        server = self.start(self.dense, self.moe, "--config", config, "--max-num-seqs", 8, "--served-model-name", "a")
+        server = self.start(self.dense, self.moe, "--config", config, "--max-num-seqs", 8, "--served-model-name", "a",
+                            "--override-generation-config", '{"temperature": 0}')
         said = self.said()
         self.assertIn("max-num-seqs = 8 (command line)", said)
         self.assertIn("memory = 256MiB (config file)", said)
@@ -309,6 +310,8 @@ class Serve(Case):
                        for m, more in ((self.moe, []), ("moe", key)))
         self.assertEqual(here["token_ids"], there["token_ids"])
         self.assertEqual(here["text"], there["text"])
+        usual = json.loads(self.ok("generate", "moe", "-p", "hello", "-n", 8, "--json", *key))
+        self.assertEqual(here["token_ids"], usual["token_ids"])  # the override's temperature, 0
         talks = [self.ok("chat", m, "-n", 6, "--temperature", 0, *more, input="hello\nand then?\n")
                  for m, more in ((self.moe, []), ("moe", key))]
         self.assertEqual(*talks)
@@ -336,6 +339,8 @@ class Serve(Case):
         bad = self.folder / "bad.json"
         bad.write_text('{"max-num-seq": 4}')
         self.fails(2, "the nearest is --max-num-seqs", "serve", self.dense, "--config", bad)
+        for words, text in (("tempo", '{"tempo": 1}'), ("0 to 100", '{"temperature": 101}'), ("object", "[1]")):
+            self.fails(2, words, "serve", self.dense, "--override-generation-config", text)
         done = choir("serve", self.dense, "--memory", "1K")
         self.assertEqual(done.returncode, 1)
         self.assertIn("--memory", done.stderr)

@@ -1,7 +1,10 @@
-/* WHAT    Writes a GGUF file without tensors in memory: the metadata of a tokenizer, as tests want
- * it. OWNS    The image's bytes, until free. THREADS One owner. ERRORS  Lack of memory stops the
- * process. LIMITS  Little-endian machines; keys come one by one, elements of an array right behind
- * it. NEXT    engine/gguf.h, which reads it */
+/* WHAT    Writes a GGUF file without tensors in memory: the metadata of a tokenizer, as tests
+ *         want it.
+ * OWNS    The image's bytes, until free.
+ * THREADS One owner.
+ * ERRORS  Lack of memory stops the process.
+ * LIMITS  Little-endian machines; keys come one by one, elements of an array right behind it.
+ * NEXT    engine/gguf.h, which reads it */
 #pragma once
 #include "engine/gguf.h"
 

@@ -1,9 +1,13 @@
-/* WHAT    Grouped-query attention on 16 lanes: a chunk of 64 keys is converted once for all queries
- * of the block and all query heads of its kv head, then tiles of 4 rows run over it. OWNS Nothing;
- * works in the block's scratch. THREADS Any. ERRORS  None. LIMITS  A row (query, head) meets
- * exactly its own keys, in ascending order and cut at multiples of 64, whatever rows are beside it.
- * Slots outside [0, position + n_queries) are never read. Included once by each level's source,
- * after wide_rows.h. NEXT    reference_attention.c says the same in plain C. */
+/* WHAT    Grouped-query attention on 16 lanes: a chunk of 64 keys is converted once for all
+ *         queries of the block and all query heads of its kv head, then tiles of 4 rows run over
+ *         it.
+ * OWNS    Nothing; works in the block's scratch.
+ * THREADS Any.
+ * ERRORS  None.
+ * LIMITS  A row (query, head) meets exactly its own keys, in ascending order and cut at multiples
+ *         of 64, whatever rows are beside it. Slots outside [0, position + n_queries) are never
+ *         read. Included once by each level's source, after wide_rows.h.
+ * NEXT    reference_attention.c says the same in plain C. */
 #pragma once
 #include "engine/kernels/cpu/wide_rows.h"
 

@@ -1,7 +1,11 @@
 /* WHAT    16 floats as one AVX-512 register: the same vocabulary as wide_avx2.h, with the same
- * bits. OWNS    Nothing. THREADS Any. ERRORS  None. LIMITS  AVX-512 F, BW, VL, and AVX2; a source
- * includes this or wide_avx2.h. Tests compile it through SIMDe too, to run it on any x86
- * (tests/kernels/simde_avx512.h). NEXT    wide_rows.h, wide_matmul.h, wide_attention.h */
+ *         bits.
+ * OWNS    Nothing.
+ * THREADS Any.
+ * ERRORS  None.
+ * LIMITS  AVX-512 F, BW, VL, and AVX2; a source includes this or wide_avx2.h. Tests compile it
+ *         through SIMDe too, to run it on any x86 (tests/kernels/simde_avx512.h).
+ * NEXT    wide_rows.h, wide_matmul.h, wide_attention.h */
 #pragma once
 #include "engine/kernels/cpu/levels.h"
 

@@ -1,7 +1,10 @@
 /* WHAT    Products with f32 activations: packed F32, F16 and BF16 strips, and exact products over
- * weights that are dequantised piece by piece. OWNS    Nothing. THREADS Any. ERRORS  None. LIMITS
- * Included once by each level's source, after its wide_*.h. Bits equal reference.c's. NEXT
- * wide_attention.h */
+ *         weights that are dequantised piece by piece.
+ * OWNS    Nothing.
+ * THREADS Any.
+ * ERRORS  None.
+ * LIMITS  Included once by each level's source, after its wide_*.h. Bits equal reference.c's.
+ * NEXT    wide_attention.h */
 #pragma once
 
 enum {

@@ -1,6 +1,10 @@
 /* WHAT    Row kernels on 16 lanes: norm, rope, SwiGLU, sums, conversion, exponentials,
- * quantisation. OWNS    Nothing. THREADS Any. ERRORS  None. LIMITS  Included once by each level's
- * source, after its wide_*.h. Bits equal reference.c's. NEXT    wide_attention.h */
+ *         quantisation.
+ * OWNS    Nothing.
+ * THREADS Any.
+ * ERRORS  None.
+ * LIMITS  Included once by each level's source, after its wide_*.h. Bits equal reference.c's.
+ * NEXT    wide_attention.h */
 #pragma once
 
 INLINE wide exp2_of(wide n, wide f) /* 2^(n + f) */
