@@ -6,9 +6,7 @@
 Runs both programs in turn, so that a noisy machine hits both, and prints the median of the rounds'
 ratios (above 1: Choir is faster). --peer names a folder with llama.cpp's programs; without it they are
 built once from the PyPI source package."""
-import argparse
 import json
-import pathlib
 import statistics
 import subprocess
 
@@ -24,36 +22,25 @@ def run_choir(a):
     return run["prefill_tokens_per_s"], run["decode_tokens_per_s"]
 
 
-def llama_bench(a, programs, *arguments):
-    out = subprocess.run([str(programs / "llama-bench"), "-m", a.model, "-t", str(a.threads), "-r", "1",
+def llama_bench(a, *arguments):
+    out = subprocess.run([str(a.programs / "llama-bench"), "-m", a.model, "-t", str(a.threads), "-r", "1",
                           "-o", "json", *map(str, arguments)],
                          check=True, capture_output=True, text=True).stdout
     return json.loads(out)[0]["avg_ts"]
 
 
-def run_llama(a, programs):
+def run_llama(a):
     """Decodes behind the prompt (-d), as Choir does: attention over it is part of the work."""
-    return (llama_bench(a, programs, "-p", a.prompt, "-n", 0),
-            llama_bench(a, programs, "-p", 0, "-n", a.generate, "-d", a.prompt))
+    return (llama_bench(a, "-p", a.prompt, "-n", 0),
+            llama_bench(a, "-p", 0, "-n", a.generate, "-d", a.prompt))
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model")
-    p.add_argument("--choir", default="build/choir")
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--rounds", type=int, default=7)
-    p.add_argument("--prompt", type=int, default=512)
-    p.add_argument("--generate", type=int, default=128)
-    p.add_argument("--peer", help="folder with llama-bench")
-    a = p.parse_args()
-
-    programs = pathlib.Path(a.peer) if a.peer else peer.build()
+    a = peer.arguments(__doc__, 7, prompt=512, generate=128)
     prefill, decode = [], []
     for i in range(a.rounds):
         ours = run_choir(a)
-        theirs = run_llama(a, programs)
+        theirs = run_llama(a)
         prefill.append(ours[0] / theirs[0])
         decode.append(ours[1] / theirs[1])
         print(f"round {i + 1}: prefill {ours[0]:.0f} against {theirs[0]:.0f} tokens/s "

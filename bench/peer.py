@@ -1,6 +1,7 @@
 """The peer to beat: llama.cpp from the PyPI source package llama-cpp-python, built for this machine.
 
 Used by the benchmarks in this folder; `build()` takes about 15 minutes on two cores, once."""
+import argparse
 import os
 import pathlib
 import subprocess
@@ -36,3 +37,19 @@ def build() -> pathlib.Path:
     subprocess.run(["ninja", "-C", str(root / "build"), *TARGETS], check=True,
                    stdout=subprocess.DEVNULL)
     return programs
+
+
+def arguments(description, rounds, **numbers) -> argparse.Namespace:
+    """What every benchmark against the peer takes, its own numbers (NAME=default), and `programs`."""
+    p = argparse.ArgumentParser(description=description,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model")
+    p.add_argument("--choir", default="build/choir")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--rounds", type=int, default=rounds)
+    for name, default in numbers.items():
+        p.add_argument("--" + name.replace("_", "-"), type=int, default=default)
+    p.add_argument("--peer", help="folder with llama.cpp's programs")
+    a = p.parse_args()
+    a.programs = pathlib.Path(a.peer) if a.peer else build()
+    return a

@@ -5,7 +5,6 @@
 
 Ready means that the health check says so. Prints the seconds of every round and the medians of both, and of
 the rounds' ratios (above 1: Choir is sooner). Needs grpcio and grpcio-health-checking."""
-import argparse
 import http.client
 import pathlib
 import socket
@@ -55,20 +54,11 @@ def seconds_to_ready(command, port, is_ready):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model")
-    p.add_argument("--choir", default="build/choir")
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--port", type=int, default=50161)
-    p.add_argument("--peer", help="folder with llama-server")
-    a = p.parse_args()
-    programs = pathlib.Path(a.peer) if a.peer else peer.build()
+    a = peer.arguments(__doc__, 5, port=50161)
     pathlib.Path(a.model).read_bytes()  # warms the page cache
 
     choir = [a.choir, "serve", a.model, "--listen", f"127.0.0.1:{a.port}", "--threads", str(a.threads)]
-    llama = [str(programs / "llama-server"), "-m", a.model, "-t", str(a.threads), "--port",
+    llama = [str(a.programs / "llama-server"), "-m", a.model, "-t", str(a.threads), "--port",
              str(a.port), "--no-webui"]
     ours, theirs = [], []
     for i in range(a.rounds):
