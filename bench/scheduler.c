@@ -54,8 +54,7 @@ static double run(void)
     if (choir_scheduler_create(&engine, &o, &s) != CHOIR_OK) return -1;
     for (uint32_t i = 0; i < N_SEQUENCES; i++) {
         for (uint32_t t = 0; t < N_PROMPT; t++) prompt[t] = t < 100 ? t : i * 1000 + t;
-        choir_request r = {.id = "bench",
-                           .tokens = prompt,
+        choir_request r = {.tokens = prompt,
                            .n_tokens = N_PROMPT,
                            .sampling = CHOIR_SAMPLING_DEFAULT,
                            .max_tokens = N_TOKENS,

@@ -84,7 +84,6 @@ choir_status choir_answer_here(const choir_answerer *a, const choir_ask *ask, js
                                          strlen(ask->prompt), CHOIR_ENCODE_OPTIONS_DEFAULT, &ids,
                                          &n_ids));
     const choir_request request = {
-        .id = "cli",
         .tokens = ids,
         .n_tokens = n_ids,
         .sampling = sampling_of(v, choir_engine_config(a->engine)),

@@ -49,7 +49,7 @@ static choir_status check_token(const char *field, uint32_t i, uint32_t token, u
 /* While min_tokens holds the stop ids back there must be another token to draw. */
 static choir_status check_stop_ids(const choir_sampling *s, uint32_t vocab)
 {
-    CHOIR_TRY(check_count("stop_token_ids' count", s->n_stop_ids, CHOIR_MAX_STOP_IDS));
+    CHOIR_TRY(check_count("stop_token_ids' count", s->n_stop_ids, CHOIR_MAX_END_IDS));
     uint32_t n_distinct = 0;
     for (uint32_t i = 0; i < s->n_stop_ids; i++) {
         CHOIR_TRY(check_token("stop_token_ids", i, s->stop_ids[i], vocab));

@@ -28,11 +28,16 @@ typedef struct choir_sampling {
     const choir_logit_bias *logit_bias; /* copied by create */
     uint32_t n_logit_bias;              /* at most 1024 */
     const uint32_t *stop_ids;           /* masked until min_tokens; copied */
-    uint32_t n_stop_ids;                /* at most 64 */
+    uint32_t n_stop_ids;                /* at most CHOIR_MAX_END_IDS */
 } choir_sampling;
 #define CHOIR_SAMPLING_DEFAULT                                                                     \
     ((choir_sampling){.temperature = 1, .top_p = 1, .repetition_penalty = 1})
-enum { CHOIR_MAX_TOP_LOGPROBS = 20, CHOIR_MAX_LOGIT_BIAS = 1024, CHOIR_MAX_STOP_IDS = 64 };
+enum {
+    CHOIR_MAX_TOP_LOGPROBS = 20,
+    CHOIR_MAX_LOGIT_BIAS = 1024,
+    CHOIR_MAX_STOP_IDS = 64,                     /* of a request */
+    CHOIR_MAX_END_IDS = CHOIR_MAX_STOP_IDS + 16, /* and the model's EOS ids */
+};
 
 typedef struct choir_sample {
     uint32_t token;

@@ -58,7 +58,6 @@ enum { CHOIR_MAX_STOPS = 16, CHOIR_MAX_STOP_BYTES = 256, CHOIR_MAX_SAMPLES = 64 
 
 /* Lent for the call to submit, which copies. */
 typedef struct choir_request {
-    const char *id; /* for logs; may be empty */
     const uint32_t *tokens;
     size_t n_tokens;
     choir_sampling sampling; /* index and stop_ids are set by the scheduler */

@@ -81,7 +81,7 @@ static choir_status make_sequence(choir_scheduler *s, const choir_request *from,
     choir_sampling sampling = from->sampling;
     sampling.index = index;
     sampling.stop_ids = r->end_ids;
-    sampling.n_stop_ids = r->n_end_ids < CHOIR_MAX_STOP_IDS ? r->n_end_ids : CHOIR_MAX_STOP_IDS;
+    sampling.n_stop_ids = r->n_end_ids;
     CHOIR_TRY(choir_sampler_create(&sampling, s->engine.vocab, &q->sampler));
     CHOIR_TRY(choir_sampler_see_prompt(q->sampler, from->tokens, from->n_tokens));
     if (s->engine.tokenizer == NULL) return CHOIR_OK;
@@ -91,7 +91,8 @@ static choir_status make_sequence(choir_scheduler *s, const choir_request *from,
 static void collect_end_ids(choir_scheduler *s, const choir_request *from, request *r)
 {
     for (uint32_t i = 0; i < from->n_stop_ids; i++) r->end_ids[r->n_end_ids++] = from->stop_ids[i];
-    for (uint32_t i = 0; i < s->engine.n_eos && !from->ignore_eos && i < 16; i++)
+    for (uint32_t i = 0;
+         i < s->engine.n_eos && !from->ignore_eos && r->n_end_ids < CHOIR_MAX_END_IDS; i++)
         r->end_ids[r->n_end_ids++] = (uint32_t)s->engine.eos_ids[i];
 }
 

@@ -79,7 +79,7 @@ struct request {
     char *stops[CHOIR_MAX_STOPS];
     size_t stop_bytes[CHOIR_MAX_STOPS], longest_stop;
     uint32_t n_stops;
-    uint32_t end_ids[CHOIR_MAX_STOP_IDS + 16], n_end_ids;
+    uint32_t end_ids[CHOIR_MAX_END_IDS], n_end_ids;
     int64_t rank;           /* lower goes first: the time of arrival, less the priority's worth */
     uint64_t number;        /* order of arrival */
     uint64_t blocked_since; /* the outbox has been full since; 0: it has room */

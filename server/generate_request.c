@@ -353,6 +353,5 @@ choir_status choir_generate_request_resolve(choir_generate_request *r,
     r->return_routes = m->routing != NULL && m->routing->return_routes;
     r->request.want_routes = r->return_routes;
     r->request.priority = m->priority;
-    r->request.id = r->id;
     return CHOIR_OK;
 }

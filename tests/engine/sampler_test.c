@@ -446,7 +446,7 @@ static void test_parameters_are_checked(void **state)
     REFUSE("logit_bias is 101", p.logit_bias = &heavy, p.n_logit_bias = 1);
     REFUSE("logit_bias is nan", p.logit_bias = &nan_bias, p.n_logit_bias = 1);
     REFUSE("stop_token_ids[0] is 10", p.stop_ids = &stop, p.n_stop_ids = 1);
-    REFUSE("stop_token_ids' count is 65, the limit is 64", p.n_stop_ids = 65);
+    REFUSE("stop_token_ids' count is 81, the limit is 80", p.n_stop_ids = 81);
 #undef REFUSE
     choir_sampling p = ok;
     choir_sampler *s = sampler_of(&p, 10);

@@ -115,8 +115,13 @@ static void test_min_tokens(void **state)
         r.sampling.logit_bias = &likely; /* EOS comes at once … */
         r.sampling.n_logit_bias = 1;
         r.sampling.min_tokens = 5; /* … but not before this */
+        uint32_t stop_ids[CHOIR_MAX_STOP_IDS];
+        for (uint32_t i = 0; i < CHOIR_MAX_STOP_IDS; i++) stop_ids[i] = 2;
+        r.stop_ids = stop_ids;
+        r.n_stop_ids = seed % 2 == 0 ? 0 : CHOIR_MAX_STOP_IDS; /* EOS comes behind them */
         answer a = run_alone(&r, NULL);
         assert_true(a.n[0] > 5);
+        for (uint32_t i = 0; i < 5; i++) assert_int_not_equal(a.tokens[0][i], likely.token);
     }
 }
 

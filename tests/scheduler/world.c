@@ -109,8 +109,7 @@ bool drain(choir_stream *stream, answer *a)
 
 choir_request plain_request(const uint32_t *tokens, size_t n, uint32_t max_tokens, uint64_t seed)
 {
-    choir_request r = {.id = "test",
-                       .tokens = tokens,
+    choir_request r = {.tokens = tokens,
                        .n_tokens = n,
                        .max_tokens = max_tokens,
                        .n = 1,

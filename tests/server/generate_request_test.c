@@ -110,7 +110,7 @@ static void said_is_taken(void **state)
     assert_true(r.request.ignore_eos && r.request.want_logprobs && !r.request.skip_special);
     assert_int_equal(r.request.n_stop_ids, 1);
     assert_int_equal(r.request.priority, -7);
-    assert_string_equal(r.request.id, "me");
+    assert_string_equal(r.id, "me");
     choir_generate_request_free(&r);
 }
 
