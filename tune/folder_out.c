@@ -65,7 +65,7 @@ static json_t *header_of(const output *o, const shard *s)
         json_t *shape = t->vector ? json_pack("[i]", (int)t->cols)
                                   : json_pack("[i, i]", (int)t->rows, (int)t->cols);
         json_int_t end = at + (json_int_t)t->bytes;
-        json_object_set_new(header, t->name,
+        choir_tune_json_set(&header, t->name,
                             json_pack("{s:s, s:o, s:[I, I]}", "dtype", type_name(t->dtype), "shape",
                                       shape, "data_offsets", at, end));
         at = end;
@@ -108,7 +108,7 @@ static choir_status save_index(const output *o)
     json_t *map = json_object();
     for (size_t k = 0; k < o->n_shards; k++)
         for (size_t i = o->shards[k].begin; i < o->shards[k].end; i++)
-            json_object_set_new(map, o->plan.items[i].name, json_string(o->shards[k].name));
+            choir_tune_json_set(&map, o->plan.items[i].name, json_string(o->shards[k].name));
     return choir_tune_save_json(o->temporary, "model.safetensors.index.json",
                                 json_pack("{s:{s:I}, s:o}", "metadata", "total_size",
                                           (json_int_t)o->plan.bytes, "weight_map", map));

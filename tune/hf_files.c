@@ -29,6 +29,23 @@ choir_status choir_tune_save_json(const char *folder, const char *name, json_t *
     return status;
 }
 
+static void give_up_if(bool failed, json_t **whole)
+{
+    if (!failed) return;
+    json_decref(*whole);
+    *whole = NULL;
+}
+
+void choir_tune_json_set(json_t **object, const char *key, json_t *value)
+{
+    give_up_if(json_object_set_new(*object, key, value) != 0, object);
+}
+
+void choir_tune_json_append(json_t **array, json_t *value)
+{
+    give_up_if(json_array_append_new(*array, value) != 0, array);
+}
+
 /* Copies a small file if it is there. */
 static choir_status copy_file(const char *from_folder, const char *from, const char *folder,
                               const char *name)
@@ -53,7 +70,8 @@ static json_t *eos_of(const choir_model_config *c)
 {
     if (c->n_eos <= 1) return id_or_null(c->n_eos == 1 ? c->eos_ids[0] : -1);
     json_t *ids = json_array();
-    for (uint32_t i = 0; i < c->n_eos; i++) json_array_append_new(ids, json_integer(c->eos_ids[i]));
+    for (uint32_t i = 0; i < c->n_eos; i++)
+        choir_tune_json_append(&ids, json_integer(c->eos_ids[i]));
     return ids;
 }
 
@@ -73,11 +91,11 @@ static json_t *rope_of(const choir_rope_config *r)
     static const char *const types[] = {"default", "linear", "llama3"};
     json_t *rope =
         json_pack("{s:o, s:s}", "rope_theta", real_of(r->theta), "rope_type", types[r->scaling]);
-    if (r->scaling != CHOIR_ROPE_NONE) json_object_set_new(rope, "factor", real_of(r->factor));
+    if (r->scaling != CHOIR_ROPE_NONE) choir_tune_json_set(&rope, "factor", real_of(r->factor));
     if (r->scaling == CHOIR_ROPE_LLAMA3) {
-        json_object_set_new(rope, "low_freq_factor", real_of(r->low_freq_factor));
-        json_object_set_new(rope, "high_freq_factor", real_of(r->high_freq_factor));
-        json_object_set_new(rope, "original_max_position_embeddings",
+        choir_tune_json_set(&rope, "low_freq_factor", real_of(r->low_freq_factor));
+        choir_tune_json_set(&rope, "high_freq_factor", real_of(r->high_freq_factor));
+        choir_tune_json_set(&rope, "original_max_position_embeddings",
                             json_integer(r->original_max_positions));
     }
     return rope;
@@ -92,7 +110,7 @@ static json_t *config_of(const choir_tune_moe *moe, choir_dtype dtype)
                                             : "float32";
     json_t *names = json_array();
     for (uint32_t e = 0; e < moe->n_experts; e++)
-        json_array_append_new(names, json_string(moe->names[e]));
+        choir_tune_json_append(&names, json_string(moe->names[e]));
     json_t *j = json_pack(
         "{s:[s], s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:s, s:f, s:b, s:b, s:f, s:f}",
         "architectures", "MixtralForCausalLM", "model_type", "mixtral", "hidden_size",
@@ -106,22 +124,22 @@ static json_t *config_of(const choir_tune_moe *moe, choir_dtype dtype)
         json_decref(names);
         return NULL;
     }
-    json_object_set_new(j, "vocab_size", json_integer(c->vocab));
-    json_object_set_new(j, "max_position_embeddings", json_integer(c->max_positions));
-    json_object_set_new(j, "rms_norm_eps", real_of(c->norm_eps));
-    json_object_set_new(j, "rope_theta", real_of(c->rope.theta));
-    json_object_set_new(j, "rope_parameters", rope_of(&c->rope));
+    choir_tune_json_set(&j, "vocab_size", json_integer(c->vocab));
+    choir_tune_json_set(&j, "max_position_embeddings", json_integer(c->max_positions));
+    choir_tune_json_set(&j, "rms_norm_eps", real_of(c->norm_eps));
+    choir_tune_json_set(&j, "rope_theta", real_of(c->rope.theta));
+    choir_tune_json_set(&j, "rope_parameters", rope_of(&c->rope));
     if (c->rope.scaling != CHOIR_ROPE_NONE)
-        json_object_set_new(j, "rope_scaling", rope_of(&c->rope));
-    json_object_set_new(j, "sliding_window",
+        choir_tune_json_set(&j, "rope_scaling", rope_of(&c->rope));
+    choir_tune_json_set(&j, "sliding_window",
                         c->sliding_window == 0 ? json_null() : json_integer(c->sliding_window));
-    json_object_set_new(j, "tie_word_embeddings", json_boolean(c->tied_head));
-    json_object_set_new(j, "bos_token_id", id_or_null(c->bos_id));
-    json_object_set_new(j, "eos_token_id", eos_of(c));
-    json_object_set_new(j, "pad_token_id", id_or_null(c->pad_id));
-    json_object_set_new(j, "dtype", json_string(type));
-    json_object_set_new(j, "torch_dtype", json_string(type));
-    json_object_set_new(j, "choir_expert_names", names);
+    choir_tune_json_set(&j, "tie_word_embeddings", json_boolean(c->tied_head));
+    choir_tune_json_set(&j, "bos_token_id", id_or_null(c->bos_id));
+    choir_tune_json_set(&j, "eos_token_id", eos_of(c));
+    choir_tune_json_set(&j, "pad_token_id", id_or_null(c->pad_id));
+    choir_tune_json_set(&j, "dtype", json_string(type));
+    choir_tune_json_set(&j, "torch_dtype", json_string(type));
+    choir_tune_json_set(&j, "choir_expert_names", names);
     return j;
 }
 
@@ -129,11 +147,11 @@ static json_t *generation_config_of(const choir_model_config *c)
 {
     json_t *j = json_pack("{s:o, s:o, s:o}", "bos_token_id", id_or_null(c->bos_id), "eos_token_id",
                           eos_of(c), "pad_token_id", id_or_null(c->pad_id));
-    if (c->temperature > 0) json_object_set_new(j, "temperature", real_of(c->temperature));
-    if (c->top_p > 0) json_object_set_new(j, "top_p", real_of(c->top_p));
-    if (c->top_k > 0) json_object_set_new(j, "top_k", json_integer(c->top_k));
+    if (c->temperature > 0) choir_tune_json_set(&j, "temperature", real_of(c->temperature));
+    if (c->top_p > 0) choir_tune_json_set(&j, "top_p", real_of(c->top_p));
+    if (c->top_k > 0) choir_tune_json_set(&j, "top_k", json_integer(c->top_k));
     if (c->repetition_penalty > 0)
-        json_object_set_new(j, "repetition_penalty", real_of(c->repetition_penalty));
+        choir_tune_json_set(&j, "repetition_penalty", real_of(c->repetition_penalty));
     return j;
 }
 

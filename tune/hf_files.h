@@ -9,6 +9,10 @@
 #include "tune/weights.h"
 #include <jansson.h>
 
+/* Sets a key of an object, or appends to an array, and takes `value`. Where memory lacked for the
+ * value or its place the whole becomes NULL. */
+void choir_tune_json_set(json_t **object, const char *key, json_t *value);
+void choir_tune_json_append(json_t **array, json_t *value);
 /* JSON with two spaces of indent as `folder`/`name`; takes the reference; NULL is a lack of memory.
  */
 choir_status choir_tune_save_json(const char *folder, const char *name,

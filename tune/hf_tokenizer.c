@@ -76,13 +76,13 @@ static json_t *pre_tokenizer_of(const struct pre *pre)
 {
     json_t *steps = json_array();
     if (pre->digits)
-        json_array_append_new(steps,
-                              json_pack("{s:s, s:b}", "type", "Digits", "individual_digits", 1));
+        choir_tune_json_append(&steps,
+                               json_pack("{s:s, s:b}", "type", "Digits", "individual_digits", 1));
     if (pre->pattern != NULL)
-        json_array_append_new(steps, json_pack("{s:s, s:{s:s}, s:s, s:b}", "type", "Split",
-                                               "pattern", "Regex", pre->pattern, "behavior",
-                                               "Isolated", "invert", 0));
-    json_array_append_new(steps, byte_level(pre->pattern == NULL));
+        choir_tune_json_append(&steps, json_pack("{s:s, s:{s:s}, s:s, s:b}", "type", "Split",
+                                                 "pattern", "Regex", pre->pattern, "behavior",
+                                                 "Isolated", "invert", 0));
+    choir_tune_json_append(&steps, byte_level(pre->pattern == NULL));
     return json_pack("{s:s, s:o}", "type", "Sequence", "pretokenizers", steps);
 }
 
@@ -97,10 +97,10 @@ static json_t *added_tokens(const choir_gguf *gguf, const choir_gguf_array *toke
         if (type != TYPE_CONTROL && type != TYPE_USER_DEFINED && type != TYPE_UNKNOWN) continue;
         if (!choir_gguf_array_string(tokens, i, &piece)) continue;
         bool special = type != TYPE_USER_DEFINED;
-        json_array_append_new(list,
-                              json_pack("{s:I, s:o, s:b, s:b, s:b, s:b, s:b}", "id", (json_int_t)i,
-                                        "content", text_of(piece), "single_word", 0, "lstrip", 0,
-                                        "rstrip", 0, "normalized", 0, "special", special));
+        choir_tune_json_append(&list,
+                               json_pack("{s:I, s:o, s:b, s:b, s:b, s:b, s:b}", "id", (json_int_t)i,
+                                         "content", text_of(piece), "single_word", 0, "lstrip", 0,
+                                         "rstrip", 0, "normalized", 0, "special", special));
     }
     return list;
 }
