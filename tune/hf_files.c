@@ -147,6 +147,10 @@ static json_t *generation_config_of(const choir_model_config *c)
 {
     json_t *j = json_pack("{s:o, s:o, s:o}", "bos_token_id", id_or_null(c->bos_id), "eos_token_id",
                           eos_of(c), "pad_token_id", id_or_null(c->pad_id));
+    /* Without do_sample the others are not heeded; a temperature of 0 is its opposite. */
+    bool any = c->temperature > 0 || c->top_p > 0 || c->top_k > 0 || c->repetition_penalty > 0;
+    if (c->temperature == 0 || any)
+        choir_tune_json_set(&j, "do_sample", json_boolean(c->temperature != 0));
     if (c->temperature > 0) choir_tune_json_set(&j, "temperature", real_of(c->temperature));
     if (c->top_p > 0) choir_tune_json_set(&j, "top_p", real_of(c->top_p));
     if (c->top_k > 0) choir_tune_json_set(&j, "top_k", json_integer(c->top_k));

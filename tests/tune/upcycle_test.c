@@ -220,6 +220,41 @@ static void a_folder_from_gguf_is_the_folder_from_a_folder(void **state)
                     1e-5);
 }
 
+/* A folder with the tiny model and its own defaults of sampling. */
+static const char *base_that_samples(void)
+{
+    const char *base = in_folder("sampling");
+    write_merged(BASE, base, &shape, 1, CHOIR_F32);
+    write_text(base, "generation_config.json",
+               "{\"do_sample\": true, \"temperature\": 0.7, \"top_p\": 0.9, \"top_k\": 30, "
+               "\"repetition_penalty\": 1.1, \"eos_token_id\": [2, 5]}");
+    return base;
+}
+
+static void the_base_defaults_are_kept(void **state)
+{
+    (void)state;
+    choir_model_file *base, *moe;
+    const char *base_path = base_that_samples(), *out = in_folder("sampling-moe");
+    must(upcycle_base(base_path, in_folder("one"), in_folder("two"), out, CHOIR_BF16,
+                      CHOIR_GATES_UNIFORM));
+    must(choir_model_file_open(base_path, &base));
+    must(choir_model_file_open(out, &moe));
+    const choir_model_config *b = choir_model_file_config(base), *m = choir_model_file_config(moe);
+    assert_true(m->temperature == 0.7F && m->temperature == b->temperature);
+    assert_true(m->top_p == 0.9F && m->top_p == b->top_p);
+    assert_true(m->top_k == 30 && m->top_k == b->top_k);
+    assert_true(m->repetition_penalty == 1.1F && m->repetition_penalty == b->repetition_penalty);
+    assert_int_equal(m->n_eos, b->n_eos);
+    assert_memory_equal(m->eos_ids, b->eos_ids, b->n_eos * sizeof *b->eos_ids);
+    assert_int_equal(m->bos_id, b->bos_id);
+    assert_int_equal(m->pad_id, b->pad_id);
+    assert_int_equal(m->max_positions, b->max_positions);
+    assert_true(m->norm_eps == b->norm_eps && m->rope.theta == b->rope.theta);
+    choir_model_file_close(base);
+    choir_model_file_close(moe);
+}
+
 static void an_output_has_the_same_bytes_again(void **state)
 {
     (void)state;
@@ -518,6 +553,7 @@ int main(void)
         cmocka_unit_test(equal_experts_are_the_dense_model),
         cmocka_unit_test(an_expert_of_any_type_is_the_merged_model_in_that_type),
         cmocka_unit_test(a_folder_from_gguf_is_the_folder_from_a_folder),
+        cmocka_unit_test(the_base_defaults_are_kept),
         cmocka_unit_test(an_output_has_the_same_bytes_again),
         cmocka_unit_test(adapters_that_do_not_fit_are_refused),
         cmocka_unit_test(adapter_settings_that_mean_something_else_are_refused),
