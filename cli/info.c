@@ -20,23 +20,20 @@ static const choir_option options[] = {
 /* Bytes in memory once loaded: packed matrices as the kernels plan them. */
 static choir_status planned_bytes(const choir_model_file *f, uint64_t *dense, uint64_t *experts)
 {
-    static const uint8_t kinds[CHOIR_N_ROLES][2] = {
-#define X(role, layer, expert) {layer, expert},
-        CHOIR_ROLE_LIST(X)
-#undef X
-    };
     const choir_model_config *c = choir_model_file_config(f);
     for (uint32_t role = 0; role < CHOIR_N_ROLES; role++) {
-        if (role == CHOIR_ROLE_HEAD && c->tied_head) continue;
-        uint32_t n_experts = kinds[role][1] ? c->n_experts : 1;
-        for (uint32_t l = 0; l < (kinds[role][0] ? c->n_layers : 1); l++) {
-            if (!choir_model_file_has(f, role, l)) continue;
-            for (uint32_t x = 0; x < n_experts; x++) {
+        bool routed = role == CHOIR_ROLE_EXPERT_GATE || role == CHOIR_ROLE_EXPERT_UP ||
+                      role == CHOIR_ROLE_EXPERT_DOWN;
+        for (uint32_t l = 0; l < (choir_role_per_layer(role) ? c->n_layers : 1); l++) {
+            if (!choir_role_in_layer(c, role, l)) continue;
+            for (uint32_t i = 0; i < choir_role_count(c, role); i++) {
+                choir_slice slice;
                 choir_tensor t;
                 choir_matrix m;
-                CHOIR_TRY(choir_model_file_tensor(f, role, l, x, &t));
+                CHOIR_TRY(choir_model_file_slice(f, role, l, i, &slice));
+                choir_slice_is_tensor(&slice, &t); /* its shape, wherever it lies */
                 CHOIR_TRY(choir_matrix_plan(&t, &m));
-                *(kinds[role][1] ? experts : dense) += m.bytes;
+                *(routed ? experts : dense) += m.bytes;
             }
         }
     }

@@ -1,14 +1,13 @@
 #include "engine/state.h"
 
-#include <math.h>
 #include <string.h>
 #include <unistd.h>
 
 static choir_status check_config(const choir_model_config *c)
 {
-    if (c->head_dim > CHOIR_MAX_HEAD_DIM)
-        return choir_fail(CHOIR_E_UNIMPLEMENTED, "head_dim is %u, the limit is %d", c->head_dim,
-                          CHOIR_MAX_HEAD_DIM);
+    if (choir_key_dim(c) > CHOIR_MAX_HEAD_DIM)
+        return choir_fail(CHOIR_E_UNIMPLEMENTED, "a head's key has %u numbers, the limit is %d",
+                          choir_key_dim(c), CHOIR_MAX_HEAD_DIM);
     return CHOIR_OK;
 }
 
@@ -31,45 +30,6 @@ static choir_status check_options(choir_engine_options *o)
     return CHOIR_OK;
 }
 
-/* Inverse frequencies of rope, f32 as the reference implementations have them. Llama 3.1 stretches
- * long wavelengths by `factor` and blends in between; GGUF files hold that as divisors per
- * frequency. */
-static choir_status make_frequencies(choir_engine *e, const choir_model_file *file)
-{
-    const choir_rope_config *r = &e->config.rope;
-    uint32_t half = r->rotary_dims / 2;
-    e->inv_freq = choir_alloc(CHOIR_MEM_WEIGHTS, half * sizeof *e->inv_freq);
-    if (e->inv_freq == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for rope");
-    choir_tensor divisors = {0};
-    bool divided = choir_model_file_has(file, CHOIR_ROLE_ROPE_FACTORS, 0);
-    float *divisor = NULL;
-    if (divided) {
-        CHOIR_TRY(choir_model_file_tensor(file, CHOIR_ROLE_ROPE_FACTORS, 0, 0, &divisors));
-        divisor = choir_arena_alloc(e->vectors, (size_t)divisors.cols * sizeof *divisor);
-        if (divisor == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for rope");
-        choir_tensor_row(&divisors, 0, divisor);
-    }
-    for (uint32_t d = 0; d < half; d++) {
-        float f = 1.0F / powf(r->theta, (float)(2 * d) / (float)r->rotary_dims);
-        if (divided) {
-            f /= divisor[d];
-        } else if (r->scaling == CHOIR_ROPE_LINEAR) {
-            f /= r->factor;
-        } else if (r->scaling == CHOIR_ROPE_LLAMA3) {
-            float wavelength = 2.0F * (float)M_PI / f;
-            float original = (float)r->original_max_positions;
-            float smooth = (original / wavelength - r->low_freq_factor) /
-                           (r->high_freq_factor - r->low_freq_factor);
-            if (wavelength > original / r->low_freq_factor)
-                f /= r->factor;
-            else if (wavelength >= original / r->high_freq_factor)
-                f = (1 - smooth) * f / r->factor + smooth * f;
-        }
-        e->inv_freq[d] = f;
-    }
-    return CHOIR_OK;
-}
-
 static choir_status open_template(choir_engine *e, const choir_model_file *file)
 {
     const char *source = choir_model_file_chat_template(file);
@@ -89,10 +49,6 @@ static choir_status open_from(choir_engine *e, const choir_model_file *file)
     CHOIR_TRY(check_config(&e->config));
     CHOIR_TRY(check_options(&e->options));
     e->kernels = choir_kernels_at(e->options.level);
-    e->gate = (choir_gate){.kind = e->config.family->gate,
-                           .n_experts = e->config.n_experts,
-                           .k = e->config.n_experts_used,
-                           .normalise = e->config.normalise_topk};
     choir_tokenizer *tokenizer;
     CHOIR_TRY(choir_tokenizer_open(file, &tokenizer));
     e->tokenizer = tokenizer;
@@ -100,7 +56,7 @@ static choir_status open_from(choir_engine *e, const choir_model_file *file)
     CHOIR_TRY(choir_workers_create(e->options.n_threads, &e->workers));
     e->n_threads = choir_workers_count(e->workers);
     CHOIR_TRY(choir_engine_load_weights(e, file));
-    CHOIR_TRY(make_frequencies(e, file));
+    CHOIR_TRY(choir_rope_create(e, file));
     CHOIR_TRY(choir_kv_create(e));
     return choir_step_create(e);
 }
@@ -137,7 +93,6 @@ void choir_engine_close(choir_engine *e)
     choir_workers_destroy(e->workers);
     choir_step_destroy(e);
     choir_free_pages(CHOIR_MEM_KV, e->kv, e->kv_bytes);
-    choir_free(e->inv_freq);
     choir_engine_free_weights(e);
     choir_chat_template_destroy(e->chat_template);
     choir_tokenizer_destroy(e->tokenizer);

@@ -1,4 +1,5 @@
-/* logits = head(norm(x)) for the rows that want them, HEAD_ROWS at a time; then scores and draws. */
+/* logits = head(norm(x)) for the rows that want them, HEAD_ROWS at a time; then scores and draws.
+ */
 #include "engine/state.h"
 
 #include <math.h>
@@ -22,13 +23,23 @@ static choir_status check_finite(const choir_engine *e, const float *logits)
     return good ? CHOIR_OK : CHOIR_E_DATA_LOSS;
 }
 
-/* Hands out one row's logits: copies, scores, draws; in this order, since a draw overwrites them. */
+static void finish_logits(const choir_engine *e, float *logits)
+{
+    const choir_model_config *c = &e->config;
+    if (e->head_bias != NULL) e->kernels->add(logits, e->head_bias, c->vocab);
+    for (uint32_t i = 0; c->logit_divisor != 1 && i < c->vocab; i++) logits[i] /= c->logit_divisor;
+    if (c->logit_softcap != 0) e->kernels->softcap(logits, c->logit_softcap, c->vocab);
+}
+
+/* Hands out one row's logits: copies, scores, draws; in this order, since a draw overwrites them.
+ */
 static choir_status finish_row(choir_engine *e, uint32_t output, float *logits, uint32_t worker)
 {
     step *s = &e->step;
     const row *r = &s->rows[s->outputs[output]];
     choir_span *span = &s->spans[r->span];
     uint32_t index = r->position - span->position - (span->n_tokens - span->n_logits);
+    finish_logits(e, logits);
     bool draws = span->sampler != NULL && index + 1 == span->n_logits;
     if (span->logits != NULL)
         memcpy(span->logits + (size_t)index * e->config.vocab, logits,
@@ -51,8 +62,8 @@ static void norm_outputs(choir_engine *e, uint32_t first, uint32_t n, uint32_t w
     uint64_t begin, end;
     choir_share(n, 1, worker, n_workers, &begin, &end);
     for (uint64_t i = begin; i < end; i++)
-        e->kernels->rms_norm(s->x + (size_t)s->outputs[first + i] * hidden, e->output_norm,
-                             e->config.norm_eps, hidden, s->h + i * hidden);
+        choir_norm_row(e, &e->output_norm, s->x + (size_t)s->outputs[first + i] * hidden,
+                       s->h + i * hidden);
     if (!e->options.exact && begin < end)
         e->kernels->quantize(s->h, hidden, s->q8_h, (uint32_t)begin, (uint32_t)end);
 }

@@ -1,5 +1,6 @@
-/* Binds a model file's tensors to the engine by role, packs them once into the kernels' layout and makes the
- * digest of their bytes, all workers together. In exact mode matrices stay views into the file. */
+/* Binds a model file's tensors to the engine by role, packs them once into the kernels' layout and
+ * makes the digest of their bytes, all workers together. In exact mode matrices stay views into the
+ * file. */
 #include "engine/state.h"
 
 #include <stdlib.h>
@@ -7,7 +8,7 @@
 
 /* A matrix to be packed: its source in the file and its place in the engine. */
 typedef struct job {
-    choir_tensor source;
+    choir_slice source;
     const choir_matrix *matrix;
     uint32_t number; /* of the tensor, in the order of the roles */
 } job;
@@ -19,9 +20,10 @@ typedef struct loader {
     uint32_t n_jobs, max_jobs;
     uint32_t n_tensors;
     uint64_t total_bytes;
-    _Atomic uint64_t digest;   /* relaxed sum over the tensors; read after the run */
-    atomic_uint next_job;      /* relaxed ticket: jobs are disjoint; all meet at the run's end */
-    _Atomic uint64_t packed;   /* relaxed: progress only */
+    _Atomic uint64_t digest; /* relaxed sum over the tensors; read after the run */
+    atomic_uint next_job;    /* relaxed ticket: jobs are disjoint; all meet at the run's end */
+    _Atomic uint64_t packed; /* relaxed: progress only */
+    atomic_bool failed; /* relaxed: memory lacked for a rearranged tensor; read after the run */
     choir_progress progress;
 } loader;
 
@@ -32,34 +34,63 @@ static void add_to_digest(loader *l, const choir_tensor *t, uint32_t number)
     atomic_fetch_add_explicit(&l->digest, hash, memory_order_relaxed);
 }
 
-static choir_status read_vector(loader *l, choir_role role, uint32_t layer_index, bool optional,
+/* Gemma's folders have norm weights less one; its GGUF files have them whole. */
+static bool lacks_one(const loader *l, choir_role role)
+{
+    static const uint64_t norms = CHOIR_ROLE_BIT(OUTPUT_NORM) | CHOIR_ROLE_BIT(ATTN_NORM) |
+                                  CHOIR_ROLE_BIT(ATTN_POST_NORM) | CHOIR_ROLE_BIT(FFN_NORM) |
+                                  CHOIR_ROLE_BIT(FFN_POST_NORM) | CHOIR_ROLE_BIT(ATTN_Q_NORM) |
+                                  CHOIR_ROLE_BIT(ATTN_K_NORM);
+    return l->engine->config.family->norms_less_one && choir_model_file_gguf(l->file) == NULL &&
+           (norms >> role & 1) != 0;
+}
+
+/* A vector, or a small matrix, as f32; NULL if the model has none. */
+static choir_status read_vector(loader *l, choir_role role, uint32_t layer_index, uint32_t index,
                                 float **out)
 {
     *out = NULL;
-    if (optional && !choir_model_file_has(l->file, role, layer_index)) return CHOIR_OK;
+    if (!choir_role_in_layer(&l->engine->config, role, layer_index)) return CHOIR_OK;
+    choir_slice slice;
     choir_tensor t;
-    CHOIR_TRY(choir_model_file_tensor(l->file, role, layer_index, 0, &t));
-    float *values =
-        choir_arena_alloc(l->engine->vectors, (size_t)t.rows * t.cols * sizeof *values);
-    if (values == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the model's vectors");
-    for (uint32_t r = 0; r < t.rows; r++) choir_tensor_row(&t, r, values + (size_t)r * t.cols);
-    add_to_digest(l, &t, l->n_tensors++);
+    CHOIR_TRY(choir_model_file_slice(l->file, role, layer_index, index, &slice));
+    void *copy = NULL;
+    if (!choir_slice_is_tensor(&slice, &t)) {
+        copy = choir_alloc(CHOIR_MEM_SCRATCH, choir_slice_bytes(&slice));
+        if (copy == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the model's vectors");
+        choir_slice_copy(&slice, copy);
+        t.data = copy;
+    }
+    size_t n = (size_t)t.rows * t.cols;
+    float *values = choir_arena_alloc(l->engine->vectors, n * sizeof *values);
+    if (values != NULL) {
+        for (uint32_t r = 0; r < t.rows; r++) choir_tensor_row(&t, r, values + (size_t)r * t.cols);
+        for (size_t i = 0; lacks_one(l, role) && i < n; i++) values[i] += 1;
+        add_to_digest(l, &t, l->n_tensors++);
+    }
+    choir_free(copy);
     *out = values;
-    return CHOIR_OK;
+    return values != NULL ? CHOIR_OK
+                          : choir_fail(CHOIR_E_NO_MEMORY, "no memory for the model's vectors");
 }
 
-/* Plans one matrix; it is packed later, when all sizes are known. */
-static choir_status plan_matrix(loader *l, choir_role role, uint32_t layer_index, uint32_t expert,
+/* Plans one matrix; it is packed later, when all sizes are known. In exact mode what lies as a
+ * tensor stays where it is, and what does not is copied as it is. */
+static choir_status plan_matrix(loader *l, choir_role role, uint32_t layer_index, uint32_t index,
                                 choir_matrix *out)
 {
+    choir_slice slice;
     choir_tensor t;
-    CHOIR_TRY(choir_model_file_tensor(l->file, role, layer_index, expert, &t));
-    if (l->engine->options.exact)
+    CHOIR_TRY(choir_model_file_slice(l->file, role, layer_index, index, &slice));
+    bool in_place = choir_slice_is_tensor(&slice, &t);
+    if (l->engine->options.exact) {
         *out = choir_matrix_exact(&t);
-    else
+        if (!in_place) out->data = NULL;
+    } else {
         CHOIR_TRY(choir_matrix_plan(&t, out));
+    }
     CHOIR_ASSERT(l->n_jobs < l->max_jobs);
-    l->jobs[l->n_jobs++] = (job){t, out, l->n_tensors++};
+    l->jobs[l->n_jobs++] = (job){slice, out, l->n_tensors++};
     l->total_bytes += out->bytes;
     return CHOIR_OK;
 }
@@ -69,7 +100,7 @@ static choir_status load_router(loader *l, uint32_t layer_index, choir_matrix *o
 {
     const choir_model_config *c = &l->engine->config;
     float *values;
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ROUTER, layer_index, false, &values));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ROUTER, layer_index, 0, &values));
     const choir_tensor t = {CHOIR_F32, c->n_experts, c->hidden, values,
                             (size_t)c->n_experts * c->hidden * sizeof *values};
     *out = choir_matrix_exact(&t);
@@ -79,18 +110,26 @@ static choir_status load_router(loader *l, uint32_t layer_index, choir_matrix *o
 static choir_status plan_experts(loader *l, uint32_t layer_index)
 {
     choir_engine *e = l->engine;
-    bool moe = e->layers[layer_index].router.rows > 0;
-    uint32_t n = moe ? e->config.n_experts : 1, first_job = l->n_jobs;
+    uint32_t n = e->config.n_experts, first_job = l->n_jobs;
     choir_expert *experts = choir_calloc(CHOIR_MEM_SCRATCH, n, sizeof *experts);
     if (experts == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory to load experts");
     choir_status status = CHOIR_OK;
     for (uint32_t x = 0; x < n; x++) {
-        choir_role gate = moe ? CHOIR_ROLE_EXPERT_GATE : CHOIR_ROLE_FFN_GATE;
-        choir_role up = moe ? CHOIR_ROLE_EXPERT_UP : CHOIR_ROLE_FFN_UP;
-        choir_role down = moe ? CHOIR_ROLE_EXPERT_DOWN : CHOIR_ROLE_FFN_DOWN;
-        CHOIR_TRY_TO(done, status, plan_matrix(l, gate, layer_index, x, &experts[x].gate));
-        CHOIR_TRY_TO(done, status, plan_matrix(l, up, layer_index, x, &experts[x].up));
-        CHOIR_TRY_TO(done, status, plan_matrix(l, down, layer_index, x, &experts[x].down));
+        float *gate, *up, *down;
+        CHOIR_TRY_TO(done, status,
+                     plan_matrix(l, CHOIR_ROLE_EXPERT_GATE, layer_index, x, &experts[x].gate));
+        CHOIR_TRY_TO(done, status,
+                     plan_matrix(l, CHOIR_ROLE_EXPERT_UP, layer_index, x, &experts[x].up));
+        CHOIR_TRY_TO(done, status,
+                     plan_matrix(l, CHOIR_ROLE_EXPERT_DOWN, layer_index, x, &experts[x].down));
+        CHOIR_TRY_TO(done, status,
+                     read_vector(l, CHOIR_ROLE_EXPERT_GATE_BIAS, layer_index, x, &gate));
+        CHOIR_TRY_TO(done, status, read_vector(l, CHOIR_ROLE_EXPERT_UP_BIAS, layer_index, x, &up));
+        CHOIR_TRY_TO(done, status,
+                     read_vector(l, CHOIR_ROLE_EXPERT_DOWN_BIAS, layer_index, x, &down));
+        experts[x].gate_bias = gate;
+        experts[x].up_bias = up;
+        experts[x].down_bias = down;
     }
     CHOIR_TRY_TO(done, status, choir_experts_reserve(e->experts, layer_index, experts));
     /* The store holds the matrices now; the jobs point there. */
@@ -106,23 +145,94 @@ done:
     return status;
 }
 
+/* The dense FFN, or the shared expert. */
+static choir_status plan_always(loader *l, uint32_t i, bool dense)
+{
+    layer *w = &l->engine->layers[i];
+    choir_role gate = dense ? CHOIR_ROLE_FFN_GATE : CHOIR_ROLE_SHARED_GATE;
+    choir_role up = dense ? CHOIR_ROLE_FFN_UP : CHOIR_ROLE_SHARED_UP;
+    choir_role down = dense ? CHOIR_ROLE_FFN_DOWN : CHOIR_ROLE_SHARED_DOWN;
+    float *gate_bias, *up_bias, *down_bias;
+    if (!choir_role_in_layer(&l->engine->config, gate, i)) return CHOIR_OK;
+    CHOIR_TRY(plan_matrix(l, gate, i, 0, &w->always.gate));
+    CHOIR_TRY(plan_matrix(l, up, i, 0, &w->always.up));
+    CHOIR_TRY(plan_matrix(l, down, i, 0, &w->always.down));
+    if (!dense) return read_vector(l, CHOIR_ROLE_SHARED_ROUTER, i, 0, &w->always_gate);
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_FFN_GATE_BIAS, i, 0, &gate_bias));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_FFN_UP_BIAS, i, 0, &up_bias));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_FFN_DOWN_BIAS, i, 0, &down_bias));
+    w->always.gate_bias = gate_bias;
+    w->always.up_bias = up_bias;
+    w->always.down_bias = down_bias;
+    return CHOIR_OK;
+}
+
+static choir_status plan_ffn(loader *l, uint32_t i)
+{
+    layer *w = &l->engine->layers[i];
+    bool moe = (w->flags & CHOIR_LAYER_MOE) != 0;
+    CHOIR_TRY(plan_always(l, i, !moe));
+    if (!moe) return CHOIR_OK;
+    CHOIR_TRY(load_router(l, i, &w->router));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ROUTER_BIAS, i, 0, &w->router_bias));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ROUTER_CORRECTION, i, 0, &w->router_correction));
+    return plan_experts(l, i);
+}
+
+/* Latent attention: a pair of small matrices for each head. */
+static choir_status plan_latent(loader *l, uint32_t i)
+{
+    choir_engine *e = l->engine;
+    layer *w = &e->layers[i];
+    uint32_t n = e->config.n_heads;
+    CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_ATTN_KV_A, i, 0, &w->kv_a));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ATTN_KV_A_NORM, i, 0, &w->kv_a_norm));
+    w->k_b = choir_arena_alloc(e->vectors, n * sizeof *w->k_b);
+    w->v_b = choir_arena_alloc(e->vectors, n * sizeof *w->v_b);
+    if (w->k_b == NULL || w->v_b == NULL)
+        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for %u heads", n);
+    for (uint32_t h = 0; h < n; h++) {
+        CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_ATTN_K_B, i, h, &w->k_b[h]));
+        CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_ATTN_V_B, i, h, &w->v_b[h]));
+    }
+    return CHOIR_OK;
+}
+
+static choir_status plan_attention(loader *l, uint32_t i)
+{
+    const choir_model_config *c = &l->engine->config;
+    layer *w = &l->engine->layers[i];
+    const struct {
+        choir_role role;
+        float **to;
+    } vectors[] = {
+        {CHOIR_ROLE_ATTN_Q_BIAS, &w->q_bias},     {CHOIR_ROLE_ATTN_K_BIAS, &w->k_bias},
+        {CHOIR_ROLE_ATTN_V_BIAS, &w->v_bias},     {CHOIR_ROLE_ATTN_OUT_BIAS, &w->out_bias},
+        {CHOIR_ROLE_ATTN_Q_NORM, &w->q_norm},     {CHOIR_ROLE_ATTN_K_NORM, &w->k_norm},
+        {CHOIR_ROLE_ATTN_Q_A_NORM, &w->q_a_norm}, {CHOIR_ROLE_ATTN_SINKS, &w->sinks}};
+    for (size_t v = 0; v < sizeof vectors / sizeof *vectors; v++)
+        CHOIR_TRY(read_vector(l, vectors[v].role, i, 0, vectors[v].to));
+    if (c->q_lora_rank > 0) CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_ATTN_Q_A, i, 0, &w->q_a));
+    CHOIR_TRY(
+        plan_matrix(l, c->q_lora_rank > 0 ? CHOIR_ROLE_ATTN_Q_B : CHOIR_ROLE_ATTN_Q, i, 0, &w->q));
+    CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_ATTN_OUT, i, 0, &w->out));
+    if (choir_is_latent(c)) return plan_latent(l, i);
+    CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_ATTN_K, i, 0, &w->k));
+    return plan_matrix(l, CHOIR_ROLE_ATTN_V, i, 0, &w->v);
+}
+
 static choir_status plan_layer(loader *l, uint32_t i)
 {
     layer *w = &l->engine->layers[i];
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ATTN_NORM, i, false, &w->attn_norm));
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_FFN_NORM, i, false, &w->ffn_norm));
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ATTN_Q_BIAS, i, true, &w->q_bias));
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ATTN_K_BIAS, i, true, &w->k_bias));
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ATTN_V_BIAS, i, true, &w->v_bias));
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ATTN_Q_NORM, i, true, &w->q_norm));
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ATTN_K_NORM, i, true, &w->k_norm));
-    CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_ATTN_Q, i, 0, &w->q));
-    CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_ATTN_K, i, 0, &w->k));
-    CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_ATTN_V, i, 0, &w->v));
-    CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_ATTN_OUT, i, 0, &w->out));
-    if (choir_model_file_has(l->file, CHOIR_ROLE_ROUTER, i))
-        CHOIR_TRY(load_router(l, i, &w->router));
-    return plan_experts(l, i);
+    w->flags = l->engine->config.layers[i];
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ATTN_NORM, i, 0, &w->attn_norm.weight));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ATTN_NORM_BIAS, i, 0, &w->attn_norm.bias));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_ATTN_POST_NORM, i, 0, &w->attn_post_norm));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_FFN_NORM, i, 0, &w->ffn_norm.weight));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_FFN_NORM_BIAS, i, 0, &w->ffn_norm.bias));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_FFN_POST_NORM, i, 0, &w->ffn_post_norm));
+    CHOIR_TRY(plan_attention(l, i));
+    return plan_ffn(l, i);
 }
 
 static choir_status plan_all(loader *l)
@@ -130,7 +240,9 @@ static choir_status plan_all(loader *l)
     choir_engine *e = l->engine;
     CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_EMBEDDING, 0, 0, &e->embedding));
     if (!e->config.tied_head) CHOIR_TRY(plan_matrix(l, CHOIR_ROLE_HEAD, 0, 0, &e->head));
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_OUTPUT_NORM, 0, false, &e->output_norm));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_HEAD_BIAS, 0, 0, &e->head_bias));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_OUTPUT_NORM, 0, 0, &e->output_norm.weight));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_OUTPUT_NORM_BIAS, 0, 0, &e->output_norm.bias));
     for (uint32_t i = 0; i < e->config.n_layers; i++) CHOIR_TRY(plan_layer(l, i));
     return CHOIR_OK;
 }
@@ -141,8 +253,7 @@ static choir_status place_dense(loader *l)
     choir_engine *e = l->engine;
     size_t total = 0;
     for (uint32_t i = 0; i < l->n_jobs; i++)
-        if (l->jobs[i].matrix->data == NULL)
-            total += (l->jobs[i].matrix->bytes + 63) & ~(size_t)63;
+        if (l->jobs[i].matrix->data == NULL) total += (l->jobs[i].matrix->bytes + 63) & ~(size_t)63;
     if (total > 0) {
         e->weights = choir_alloc_pages(CHOIR_MEM_WEIGHTS, total);
         if (e->weights == NULL)
@@ -151,12 +262,34 @@ static choir_status place_dense(loader *l)
     }
     char *at = e->weights;
     for (uint32_t i = 0; i < l->n_jobs; i++) {
-        choir_matrix *m = (choir_matrix *)l->jobs[i].matrix; /* the engine's own, still being made */
+        choir_matrix *m =
+            (choir_matrix *)l->jobs[i].matrix; /* the engine's own, still being made */
         if (m->data != NULL) continue;
         m->data = at;
         at += (m->bytes + 63) & ~(size_t)63;
     }
     return CHOIR_OK;
+}
+
+/* False: no memory. */
+static bool pack_job(loader *l, const job *j)
+{
+    const choir_matrix *m = j->matrix;
+    choir_tensor t;
+    void *copy = NULL;
+    if (!choir_slice_is_tensor(&j->source, &t)) {
+        /* What is exact is copied to its place; the rest passes through memory of its own. */
+        if (m->layout != CHOIR_LAYOUT_EXACT) {
+            copy = choir_alloc(CHOIR_MEM_SCRATCH, t.bytes);
+            if (copy == NULL) return false;
+        }
+        t.data = copy != NULL ? copy : m->data;
+        choir_slice_copy(&j->source, (void *)t.data);
+    }
+    add_to_digest(l, &t, j->number);
+    if (m->layout != CHOIR_LAYOUT_EXACT) choir_matrix_pack(m, &t, (void *)m->data, 0, m->rows);
+    choir_free(copy);
+    return true;
 }
 
 static void pack_jobs(void *arg, uint32_t worker, uint32_t n_workers)
@@ -166,12 +299,10 @@ static void pack_jobs(void *arg, uint32_t worker, uint32_t n_workers)
     for (;;) {
         uint32_t i = atomic_fetch_add_explicit(&l->next_job, 1, memory_order_relaxed);
         if (i >= l->n_jobs) return;
-        const choir_matrix *m = l->jobs[i].matrix;
-        add_to_digest(l, &l->jobs[i].source, l->jobs[i].number);
-        if (m->layout != CHOIR_LAYOUT_EXACT)
-            choir_matrix_pack(m, &l->jobs[i].source, (void *)m->data, 0, m->rows);
-        uint64_t done =
-            atomic_fetch_add_explicit(&l->packed, m->bytes, memory_order_relaxed) + m->bytes;
+        if (!pack_job(l, &l->jobs[i]))
+            atomic_store_explicit(&l->failed, true, memory_order_relaxed);
+        uint64_t bytes = l->jobs[i].matrix->bytes;
+        uint64_t done = atomic_fetch_add_explicit(&l->packed, bytes, memory_order_relaxed) + bytes;
         if (worker == 0 && l->engine->options.show_progress)
             choir_progress_update(&l->progress, done);
     }
@@ -186,8 +317,9 @@ static int larger_first(const void *a, const void *b)
 choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *file)
 {
     const choir_model_config *c = &e->config;
-    uint32_t n_experts = c->n_experts > 0 ? c->n_experts : 1;
-    loader l = {.engine = e, .file = file, .max_jobs = 2 + c->n_layers * (4 + 3 * n_experts)};
+    uint32_t n_heads = choir_is_latent(c) ? c->n_heads : 0;
+    loader l = {.engine = e, .file = file};
+    l.max_jobs = 2 + c->n_layers * (8 + 3 * c->n_experts + 2 * n_heads);
     choir_status status = CHOIR_OK;
     e->layers = choir_calloc(CHOIR_MEM_WEIGHTS, c->n_layers, sizeof *e->layers);
     l.jobs = choir_calloc(CHOIR_MEM_SCRATCH, l.max_jobs, sizeof *l.jobs);
@@ -196,7 +328,7 @@ choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *
         goto done;
     }
     CHOIR_TRY_TO(done, status, choir_arena_create(CHOIR_MEM_WEIGHTS, 1 << 20, &e->vectors));
-    CHOIR_TRY_TO(done, status, choir_experts_create(c->n_layers, n_experts, &e->experts));
+    CHOIR_TRY_TO(done, status, choir_experts_create(c->n_layers, c->n_experts, &e->experts));
     CHOIR_TRY_TO(done, status, plan_all(&l));
     CHOIR_TRY_TO(done, status, place_dense(&l));
     qsort(l.jobs, l.n_jobs, sizeof *l.jobs, larger_first);
@@ -205,6 +337,9 @@ choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *
     choir_progress_begin(&l.progress, what, CHOIR_PROGRESS_BYTES, l.total_bytes);
     choir_workers_run(e->workers, pack_jobs, &l);
     if (e->options.show_progress) choir_progress_end(&l.progress);
+    if (atomic_load_explicit(&l.failed, memory_order_relaxed))
+        CHOIR_TRY_TO(done, status,
+                     choir_fail(CHOIR_E_NO_MEMORY, "no memory to rearrange %s's tensors", c->name));
     if (c->tied_head) e->head = e->embedding;
     e->digest = atomic_load_explicit(&l.digest, memory_order_relaxed);
 done:

@@ -5,13 +5,18 @@
 #include "engine/safetensors.h"
 
 #include <inttypes.h>
-#include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { MAX_SHARDS = 1024, MAX_INDEX_BYTES = 64 << 20, MAX_TEMPLATE_BYTES = 1 << 20 };
 
+typedef enum prefix { PREFIX_NONE, PREFIX_LANGUAGE_MODEL, PREFIX_INSIDE_MODEL } prefix;
+
 struct choir_model_file {
     char *path;
+    prefix prefix;
+    bool
+        *claimed; /* [tensors] has a place; NULL while the configuration is still being found out */
     choir_model_config config;
     choir_gguf *gguf;
     choir_safetensors **shards;
@@ -30,21 +35,50 @@ typedef struct found {
     uint64_t dims[8];
     const uint8_t *data;
     size_t bytes;
+    uint64_t number; /* in the order of the files */
 } found;
 
-static bool find_tensor(const choir_model_file *f, const char *name, found *out)
+static uint64_t n_tensors(const choir_model_file *f)
 {
+    uint64_t n = f->gguf != NULL ? choir_gguf_n_tensors(f->gguf) : 0;
+    for (uint32_t i = 0; i < f->n_shards; i++) n += choir_safetensors_count(f->shards[i]);
+    return n;
+}
+
+/* A Hugging Face model that also sees has the text's tensors under another name; which, its
+ * embedding tells. */
+static void name_in_file(const choir_model_file *f, const char *name, char *out, size_t bytes)
+{
+    if (f->prefix == PREFIX_LANGUAGE_MODEL)
+        snprintf(out, bytes, "language_model.%s", name);
+    else if (f->prefix == PREFIX_INSIDE_MODEL && strncmp(name, "model.", 6) == 0)
+        snprintf(out, bytes, "model.language_model.%s", name + 6);
+    else
+        snprintf(out, bytes, "%s", name);
+}
+
+static bool find_tensor(const choir_model_file *f, const char *plain, found *out)
+{
+    char name[300];
+    name_in_file(f, plain, name, sizeof name);
     if (f->gguf != NULL) {
         const choir_gguf_tensor *t = choir_gguf_find_tensor(f->gguf, name);
         if (t == NULL) return false;
-        *out = (found){true, choir_dtype_text(t->dtype), t->dtype, t->n_dims, {0}, t->data, t->bytes};
+        *out = (found){true,     choir_dtype_text(t->dtype),
+                       t->dtype, t->n_dims,
+                       {0},      t->data,
+                       t->bytes, (uint64_t)(t - choir_gguf_tensor_at(f->gguf, 0))};
         for (uint32_t d = 0; d < t->n_dims; d++) out->dims[d] = t->dims[t->n_dims - 1 - d];
         return true;
     }
-    for (uint32_t i = 0; i < f->n_shards; i++) {
+    uint64_t before = 0;
+    for (uint32_t i = 0; i < f->n_shards; before += choir_safetensors_count(f->shards[i++])) {
         const choir_safetensor *t = choir_safetensors_find(f->shards[i], name);
         if (t == NULL) continue;
-        *out = (found){t->readable, t->type, t->dtype, t->n_dims, {0}, t->data, t->bytes};
+        *out = (found){t->readable, t->type,
+                       t->dtype,    t->n_dims,
+                       {0},         t->data,
+                       t->bytes,    before + (uint64_t)(t - choir_safetensors_at(f->shards[i], 0))};
         memcpy(out->dims, t->dims, sizeof out->dims);
         return true;
     }
@@ -66,139 +100,347 @@ static void expand(const char *pattern, uint32_t layer, uint32_t expert, char *n
     name[n] = '\0';
 }
 
-/* The shape a role must have. */
-static void wanted_shape(const choir_model_config *c, choir_role role, uint64_t *rows, uint64_t *cols)
+/* What a place holds before its part is taken: a matrix of outputs and inputs. */
+typedef struct whole_tensor {
+    uint64_t rows, cols;
+    size_t row_stride, col_stride; /* col_stride 0: by blocks */
+    const uint8_t *data, *scales;
+    size_t scales_stride;
+} whole_tensor;
+
+static choir_status bad_shape(const choir_model_file *f, const char *name, const found *t,
+                              uint64_t rows, uint64_t cols)
 {
-    uint64_t q = (uint64_t)c->n_heads * c->head_dim, kv = (uint64_t)c->n_kv_heads * c->head_dim;
-    bool per_head = c->family->qk_norm == CHOIR_QK_NORM_HEAD;
-    *rows = 1;
-    *cols = c->hidden;
-    switch (role) {
-    case CHOIR_ROLE_EMBEDDING:
-    case CHOIR_ROLE_HEAD: *rows = c->vocab; break;
-    case CHOIR_ROLE_ROPE_FACTORS: *cols = c->rope.rotary_dims / 2; break;
-    case CHOIR_ROLE_ATTN_Q: *rows = q; break;
-    case CHOIR_ROLE_ATTN_K:
-    case CHOIR_ROLE_ATTN_V: *rows = kv; break;
-    case CHOIR_ROLE_ATTN_OUT:
-        *rows = c->hidden;
-        *cols = q;
+    char text[128] = "";
+    for (uint32_t d = 0, n = 0; d < t->n_dims && n < sizeof text; d++)
+        n += (uint32_t)snprintf(text + n, sizeof text - n, "%s%" PRIu64, d > 0 ? ", " : "",
+                                t->dims[d]);
+    return choir_fail(CHOIR_E_FORMAT,
+                      "%s: tensor '%s' has shape [%s], the configuration wants [%" PRIu64
+                      ", %" PRIu64 "]",
+                      f->path, name, text, rows, cols);
+}
+
+/* The rows and columns that the whole tensor must have for its part to be [rows, cols]. */
+static void whole_shape(const choir_model_config *c, choir_part part, uint64_t *rows,
+                        uint64_t *cols)
+{
+    uint64_t *n = *rows == 1 ? cols : rows; /* a vector is cut along its elements */
+    switch (part) {
+    case CHOIR_PART_ALL:
         break;
-    case CHOIR_ROLE_ATTN_Q_BIAS: *cols = q; break;
-    case CHOIR_ROLE_ATTN_K_BIAS:
-    case CHOIR_ROLE_ATTN_V_BIAS: *cols = kv; break;
-    case CHOIR_ROLE_ATTN_Q_NORM: *cols = per_head ? c->head_dim : q; break;
-    case CHOIR_ROLE_ATTN_K_NORM: *cols = per_head ? c->head_dim : kv; break;
-    case CHOIR_ROLE_FFN_GATE:
-    case CHOIR_ROLE_FFN_UP: *rows = c->ffn_hidden; break;
-    case CHOIR_ROLE_FFN_DOWN:
-        *rows = c->hidden;
-        *cols = c->ffn_hidden;
+    case CHOIR_PART_FIRST_HALF:
+    case CHOIR_PART_SECOND_HALF:
+    case CHOIR_PART_EVEN:
+    case CHOIR_PART_ODD:
+        *n *= 2;
         break;
-    case CHOIR_ROLE_ROUTER: *rows = c->n_experts; break;
-    case CHOIR_ROLE_EXPERT_GATE:
-    case CHOIR_ROLE_EXPERT_UP: *rows = c->expert_hidden; break;
-    case CHOIR_ROLE_EXPERT_DOWN:
-        *rows = c->hidden;
-        *cols = c->expert_hidden;
+    case CHOIR_PART_Q:
+    case CHOIR_PART_K:
+    case CHOIR_PART_V:
+        *n = (c->n_heads + 2 * (uint64_t)c->n_kv_heads) * c->head_dim;
         break;
-    default: break;
+    case CHOIR_PART_HEAD_K:
+    case CHOIR_PART_HEAD_V:
+        *rows = c->n_heads * ((uint64_t)c->nope_dim + c->value_dim);
+        *cols = c->kv_lora_rank;
+        break;
     }
 }
 
-static choir_status view(const choir_model_file *f, const char *name, const found *t, choir_role role,
-                         uint32_t expert, choir_tensor *out)
+/* Narrows the source to a part; lengths were checked. */
+static void take_part(const choir_model_config *c, choir_part part, uint32_t index, bool vector,
+                      whole_tensor *s)
 {
-    uint64_t rows, cols;
-    wanted_shape(&f->config, role, &rows, &cols);
-    if (!t->readable)
-        return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: tensor '%s' has dtype %s; Choir reads F32, F16 "
-                          "and BF16 from safetensors", f->path, name, t->type);
-    bool stacked = t->n_dims == 3 && t->dims[0] == f->config.n_experts;
-    const uint64_t *dims = t->dims + (stacked ? 1 : 0);
-    uint32_t n_dims = t->n_dims - (stacked ? 1 : 0);
-    bool fits = n_dims == 2 ? dims[0] == rows && dims[1] == cols
-                            : n_dims == 1 && rows == 1 && dims[0] == cols;
-    if (!fits)
-        return choir_fail(CHOIR_E_FORMAT,
-                          "%s: tensor '%s' has shape [%" PRIu64 ", %" PRIu64
-                          "] in %u dimensions, the configuration wants [%" PRIu64 ", %" PRIu64 "]",
-                          f->path, name, dims[0], n_dims > 1 ? dims[1] : 1, t->n_dims, rows, cols);
-    if (cols % choir_dtype_block_elements(t->dtype) != 0)
-        return choir_fail(CHOIR_E_FORMAT, "%s: tensor '%s': rows of %" PRIu64
-                          " elements are no whole %s blocks", f->path, name, cols, t->type);
-    size_t bytes = (size_t)rows * choir_dtype_row_bytes(t->dtype, cols);
-    *out = (choir_tensor){t->dtype, (uint32_t)rows, (uint32_t)cols,
-                          t->data + (stacked ? expert * bytes : 0), bytes};
-    return CHOIR_OK;
+    uint64_t *n = vector ? &s->cols : &s->rows;
+    size_t *stride = vector ? &s->col_stride : &s->row_stride;
+    uint64_t q = (uint64_t)c->n_heads * c->head_dim, kv = (uint64_t)c->n_kv_heads * c->head_dim;
+    uint64_t head = (uint64_t)c->nope_dim + c->value_dim, first = 0;
+    switch (part) {
+    case CHOIR_PART_ALL:
+        return;
+    case CHOIR_PART_FIRST_HALF:
+        *n /= 2;
+        break;
+    case CHOIR_PART_SECOND_HALF:
+        first = *n /= 2;
+        break;
+    case CHOIR_PART_EVEN:
+    case CHOIR_PART_ODD:
+        first = part == CHOIR_PART_ODD;
+        *n /= 2;
+        break;
+    case CHOIR_PART_Q:
+        *n = q;
+        break;
+    case CHOIR_PART_K:
+        first = q;
+        *n = kv;
+        break;
+    case CHOIR_PART_V:
+        first = q + kv;
+        *n = kv;
+        break;
+    case CHOIR_PART_HEAD_K:
+        first = index * head;
+        *n = c->nope_dim;
+        break;
+    case CHOIR_PART_HEAD_V:
+        first = index * head + c->nope_dim;
+        *n = c->value_dim;
+        break;
+    }
+    s->data += first * *stride;
+    if (s->scales != NULL) s->scales += first * s->scales_stride;
+    if (part == CHOIR_PART_EVEN || part == CHOIR_PART_ODD) {
+        *stride *= 2;
+        s->scales_stride *= 2;
+    }
 }
 
-/* Older GGUF files of Mixtral have one tensor per expert: blk.0.ffn_gate.3.weight. */
-static bool old_expert_name(choir_role role, uint32_t layer, uint32_t expert, char *name, size_t bytes)
+/* The index-th of stacked matrices, or the only one; vectors may be stacked too, or have a
+ * dimension of 1. */
+static bool fits(const found *t, uint32_t count, uint64_t rows, uint64_t cols, bool *stacked)
 {
-    const char *part = role == CHOIR_ROLE_EXPERT_GATE   ? "gate"
-                       : role == CHOIR_ROLE_EXPERT_UP   ? "up"
-                       : role == CHOIR_ROLE_EXPERT_DOWN ? "down"
-                                                        : NULL;
-    if (part == NULL) return false;
-    snprintf(name, bytes, "blk.%u.ffn_%s.%u.weight", layer, part, expert);
+    const uint64_t *d = t->dims;
+    *stacked = false;
+    if (t->n_dims == 2 && d[0] == rows && d[1] == cols) return true;
+    if (t->n_dims == 1 && rows == 1 && d[0] == cols) return true;
+    *stacked = true;
+    if (t->n_dims == 3 && d[0] == count && d[1] == rows && d[2] == cols) return true;
+    return t->n_dims == 2 && rows == 1 && d[0] == count && d[1] == cols;
+}
+
+/* Codes of MXFP4 in a tensor of bytes [experts, rows, blocks, 16], exponents in its twin. */
+static bool split_mxfp4(const choir_model_file *f, const char *name, const found *t, uint32_t count,
+                        uint32_t index, whole_tensor *s)
+{
+    char twin[300];
+    found scales;
+    size_t n = strlen(name), tail = strlen("_blocks");
+    if (strcmp(t->type, "U8") != 0 || n < tail || strcmp(name + n - tail, "_blocks") != 0)
+        return false;
+    snprintf(twin, sizeof twin, "%.*s_scales", (int)(n - tail), name);
+    uint64_t blocks = s->cols / 32;
+    if (s->cols % 32 != 0 || t->n_dims != 4 || t->dims[0] != count || t->dims[1] != s->rows ||
+        t->dims[2] != blocks || t->dims[3] != 16 || !find_tensor(f, twin, &scales) ||
+        strcmp(scales.type, "U8") != 0 || scales.n_dims != 3 || scales.dims[0] != count ||
+        scales.dims[1] != s->rows || scales.dims[2] != blocks)
+        return false;
+    if (f->claimed != NULL) f->claimed[scales.number] = true;
+    s->row_stride = blocks * 16;
+    s->scales_stride = blocks;
+    s->data = t->data + index * s->rows * s->row_stride;
+    s->scales = scales.data + index * s->rows * blocks;
     return true;
 }
 
-static bool locate(const choir_model_file *f, choir_role role, uint32_t layer, uint32_t expert,
-                   char *name, size_t bytes, found *out)
+static choir_status whole(const choir_model_file *f, const char *name, const found *t,
+                          const choir_place *place, uint32_t count, uint32_t index, whole_tensor *s)
 {
-    const char *pattern = choir_family_pattern(f->config.family, role, f->gguf != NULL);
+    uint64_t rows = place->transposed ? s->cols : s->rows,
+             cols = place->transposed ? s->rows : s->cols;
+    bool stacked;
+    if (split_mxfp4(f, name, t, count, index, s)) return CHOIR_OK;
+    if (!t->readable)
+        return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                          "%s: tensor '%s' has dtype %s; Choir reads F32, F16 "
+                          "and BF16 from safetensors",
+                          f->path, name, t->type);
+    if (!fits(t, count, rows, cols, &stacked)) return bad_shape(f, name, t, rows, cols);
+    uint32_t block = choir_dtype_block_elements(t->dtype);
+    if (cols % block != 0)
+        return choir_fail(CHOIR_E_FORMAT,
+                          "%s: tensor '%s': rows of %" PRIu64 " elements are no whole %s blocks",
+                          f->path, name, cols, t->type);
+    size_t row = choir_dtype_row_bytes(t->dtype, cols), element = choir_dtype_block_bytes(t->dtype);
+    if (place->transposed && block > 1)
+        return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: tensor '%s' lies transposed as %s", f->path,
+                          name, t->type);
+    s->row_stride = place->transposed ? element : row;
+    s->col_stride = place->transposed ? row : block > 1 ? 0 : element;
+    s->data = t->data + (stacked ? index * (size_t)rows * row : 0);
+    return CHOIR_OK;
+}
+
+static choir_status slice_of(const choir_model_file *f, const char *name, const found *t,
+                             const choir_place *place, choir_role role, uint32_t index,
+                             choir_slice *out)
+{
+    const choir_model_config *c = &f->config;
+    uint64_t rows, cols;
+    choir_role_shape(c, role, &rows, &cols);
+    bool vector = rows == 1, turned = place->part == CHOIR_PART_HEAD_K;
+    whole_tensor s = {.rows = rows, .cols = cols};
+    whole_shape(c, place->part, &s.rows, &s.cols);
+    CHOIR_TRY(whole(f, name, t, place, choir_role_count(c, role), index, &s));
+    if (vector && place->part != CHOIR_PART_ALL && s.col_stride == 0)
+        return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: tensor '%s' is a part of quantised numbers",
+                          f->path, name);
+    take_part(c, place->part, index, vector, &s);
+    choir_dtype dtype = s.scales != NULL ? CHOIR_MXFP4 : t->dtype;
+    *out = (choir_slice){dtype,        (uint32_t)rows, (uint32_t)cols,  s.data, s.row_stride,
+                         s.col_stride, s.scales,       s.scales_stride, dtype};
+    if (turned) {
+        out->row_stride = s.col_stride;
+        out->col_stride = s.row_stride;
+        if (s.col_stride == 0) out->dtype = CHOIR_F32;
+    } else if (s.col_stride == choir_dtype_block_bytes(dtype)) {
+        out->col_stride = 0;
+    }
+    return CHOIR_OK;
+}
+
+static bool locate(const choir_model_file *f, choir_role role, uint32_t layer, uint32_t index,
+                   char *name, size_t bytes, const choir_place **place, found *out)
+{
+    char other[256];
     name[0] = '\0';
-    if (pattern == NULL) return false;
-    expand(pattern, layer, expert, name, bytes);
-    if (find_tensor(f, name, out)) return true;
-    char old[64];
-    return f->gguf != NULL && old_expert_name(role, layer, expert, old, sizeof old) &&
-           find_tensor(f, old, out);
+    for (uint32_t i = 0; i < 2; i++) {
+        *place = choir_family_place(f->config.family, role, f->gguf != NULL, i);
+        if (*place == NULL) continue;
+        expand((*place)->name, layer, index, other, sizeof other);
+        /* A missing tensor is told by the first of its names. */
+        if (name[0] == '\0') snprintf(name, bytes, "%s", other);
+        if (!find_tensor(f, other, out)) continue;
+        snprintf(name, bytes, "%s", other);
+        if (f->claimed != NULL) f->claimed[out->number] = true;
+        return true;
+    }
+    return false;
+}
+
+choir_status choir_model_file_slice(const choir_model_file *f, choir_role role, uint32_t layer,
+                                    uint32_t index, choir_slice *out)
+{
+    char name[256];
+    const choir_place *place;
+    found t;
+    if (role == CHOIR_ROLE_HEAD && f->config.tied_head) role = CHOIR_ROLE_EMBEDDING;
+    if (!locate(f, role, layer, index, name, sizeof name, &place, &t))
+        return choir_fail(CHOIR_E_NOT_FOUND, "%s: tensor '%s' is missing", f->path,
+                          name[0] != '\0' ? name : choir_role_text(role));
+    return slice_of(f, name, &t, place, role, index, out);
 }
 
 choir_status choir_model_file_tensor(const choir_model_file *f, choir_role role, uint32_t layer,
-                                     uint32_t expert, choir_tensor *out)
+                                     uint32_t index, choir_tensor *out)
 {
-    char name[256];
-    found t;
-    if (role == CHOIR_ROLE_HEAD && f->config.tied_head) role = CHOIR_ROLE_EMBEDDING;
-    if (!locate(f, role, layer, expert, name, sizeof name, &t))
-        return choir_fail(CHOIR_E_NOT_FOUND, "%s: tensor '%s' is missing", f->path, name);
-    return view(f, name, &t, role, expert, out);
+    choir_slice slice;
+    CHOIR_TRY(choir_model_file_slice(f, role, layer, index, &slice));
+    if (choir_slice_is_tensor(&slice, out)) return CHOIR_OK;
+    return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                      "%s: the tensor of role %s in layer %u lies rearranged in a "
+                      "%s model",
+                      f->path, choir_role_text(role), layer, f->config.family->name);
 }
 
-bool choir_model_file_has(const choir_model_file *f, choir_role role, uint32_t layer)
+static bool has(const choir_model_file *f, choir_role role, uint32_t layer, found *out)
 {
     char name[256];
-    found t;
-    return locate(f, role, layer, 0, name, sizeof name, &t);
+    const choir_place *place;
+    return locate(f, role, layer, 0, name, sizeof name, &place, out);
 }
 
-static bool optional(choir_role role) { return role == CHOIR_ROLE_ROPE_FACTORS; }
-
-/* Every tensor that the family needs is there and has its shape, so that a bad file fails at once. */
-static choir_status check_tensors(const choir_model_file *f)
+/* What the files tell and no key does: which layers are MoE, which optional roles there are, and
+ * how wide the shared expert is. */
+static void look_at_tensors(choir_model_file *f)
 {
-    static const struct {
-        uint8_t per_layer, per_expert;
-    } roles[CHOIR_N_ROLES] = {
-#define X(role, layer, expert) {layer, expert},
-        CHOIR_ROLE_LIST(X)
-#undef X
-    };
-    bool gguf = f->gguf != NULL;
+    choir_model_config *c = &f->config;
+    found t;
+    for (uint32_t l = 0; l < c->n_layers; l++)
+        if (c->family->moe && has(f, CHOIR_ROLE_ROUTER, l, &t)) c->layers[l] |= CHOIR_LAYER_MOE;
     for (uint32_t role = 0; role < CHOIR_N_ROLES; role++) {
-        if (choir_family_pattern(f->config.family, role, gguf) == NULL) continue;
-        if (optional(role) && !choir_model_file_has(f, role, 0)) continue;
-        uint32_t n_layers = roles[role].per_layer ? f->config.n_layers : 1;
-        uint32_t n_experts = roles[role].per_expert ? f->config.n_experts : 1;
-        choir_tensor t;
-        for (uint32_t l = 0; l < n_layers; l++)
-            for (uint32_t e = 0; e < n_experts; e++)
-                CHOIR_TRY(choir_model_file_tensor(f, role, l, e, &t));
+        uint32_t n_layers = choir_role_per_layer(role) ? c->n_layers : 1;
+        for (uint32_t l = 0; choir_role_optional(role) && l < n_layers; l++)
+            if (has(f, role, l, &t)) c->roles |= UINT64_C(1) << role;
     }
+    for (uint32_t l = 0; c->shared_hidden == 0 && l < c->n_layers; l++)
+        if (has(f, CHOIR_ROLE_SHARED_DOWN, l, &t) && t.n_dims == 2 && t.dims[1] <= 1 << 20)
+            c->shared_hidden = (uint32_t)t.dims[1];
+}
+
+/* Every tensor that the model needs is there and has its shape, so that a bad file fails at once.
+ */
+static choir_status check_tensors(choir_model_file *f)
+{
+    const choir_model_config *c = &f->config;
+    for (uint32_t role = 0; role < CHOIR_N_ROLES; role++) {
+        uint32_t n_layers = choir_role_per_layer(role) ? c->n_layers : 1;
+        choir_slice slice;
+        for (uint32_t l = 0; l < n_layers; l++) {
+            if (!choir_role_in_layer(c, role, l)) continue;
+            for (uint32_t i = 0; i < choir_role_count(c, role); i++)
+                CHOIR_TRY(choir_model_file_slice(f, role, l, i, &slice));
+        }
+    }
+    return CHOIR_OK;
+}
+
+/* The layer in "model.layers.61.x" or "blk.61.x"; -1 where there is none. */
+static long layer_in(const char *name)
+{
+    const char *at = strstr(name, "layers.");
+    at = at != NULL ? at + 7 : strncmp(name, "blk.", 4) == 0 ? name + 4 : NULL;
+    return at != NULL && *at >= '0' && *at <= '9' ? strtol(at, NULL, 10) : -1;
+}
+
+/* Parts that an answer in text does not need: other senses, buffers that follow from the
+ * configuration. */
+static bool not_needed(const choir_model_file *f, const char *name)
+{
+    static const char *const parts[] = {"rotary_emb.inv_freq", "vision_tower.", "vision_model.",
+                                        "multi_modal_projector.", "rope_freqs."};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        if (strstr(name, parts[i]) != NULL) return true;
+    return f->config.tied_head && strstr(name, "lm_head.weight") != NULL;
+}
+
+/* Whether a layer behind the model's own predicts further tokens (DeepSeek-V3, GLM-4.5). */
+static bool predicts(const choir_model_file *f, long layer)
+{
+    char name[64];
+    found t;
+    snprintf(name, sizeof name,
+             f->gguf != NULL ? "blk.%ld.nextn.eh_proj.weight" : "model.layers.%ld.eh_proj.weight",
+             layer);
+    return layer >= (long)f->config.n_layers && find_tensor(f, name, &t);
+}
+
+/* A tensor without a place would be left out of every answer in silence: a bias, a norm. It is
+ * refused; but layers that predict further tokens are known, and only told. */
+static choir_status check_leftovers(const choir_model_file *f)
+{
+    uint64_t n_predicting = 0, number = 0, n = n_tensors(f);
+    uint32_t shard = 0;
+    for (uint64_t i = 0; i < n; i++, number++) {
+        char name[300];
+        if (f->gguf != NULL) {
+            choir_text text = choir_gguf_tensor_at(f->gguf, i)->name;
+            snprintf(name, sizeof name, "%.*s", (int)(text.bytes < 250 ? text.bytes : 250),
+                     text.data);
+        } else {
+            while (number >= choir_safetensors_count(f->shards[shard])) {
+                number = 0;
+                shard++;
+            }
+            snprintf(name, sizeof name, "%.250s",
+                     choir_safetensors_at(f->shards[shard], number)->name);
+        }
+        if (f->claimed[i] || not_needed(f, name)) continue;
+        if (predicts(f, layer_in(name)) || strstr(name, "mtp") != NULL) {
+            n_predicting++;
+            continue;
+        }
+        return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                          "%s: tensor '%s' has no place in Choir's family %s; answers "
+                          "without it would be wrong",
+                          f->path, name, f->config.family->name);
+    }
+    if (n_predicting > 0)
+        choir_log(CHOIR_LOG_INFO,
+                  "%s: %" PRIu64 " tensors that predict further tokens are not used", f->path,
+                  n_predicting);
     return CHOIR_OK;
 }
 
@@ -206,8 +448,9 @@ static choir_status open_shard(choir_model_file *f, const char *name)
 {
     char path[4096];
     if (strchr(name, '/') != NULL || strcmp(name, "..") == 0)
-        return choir_fail(CHOIR_E_FORMAT, "%s: the index names '%.100s', which is no file of the folder",
-                          f->path, name);
+        return choir_fail(CHOIR_E_FORMAT,
+                          "%s: the index names '%.100s', which is no file of the folder", f->path,
+                          name);
     snprintf(path, sizeof path, "%s/%.200s", f->path, name);
     CHOIR_TRY(choir_safetensors_open(path, &f->shards[f->n_shards]));
     f->bytes += choir_safetensors_bytes(f->shards[f->n_shards++]);
@@ -227,11 +470,11 @@ static choir_status open_index(choir_model_file *f, const char *path)
     choir_status status = CHOIR_OK;
     if (names == NULL) status = choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", path);
     if (status == CHOIR_OK && !json_is_object(map))
-        status = choir_fail(CHOIR_E_FORMAT, "%s: %s", path, root == NULL ? error.text : "no weight_map");
+        status =
+            choir_fail(CHOIR_E_FORMAT, "%s: %s", path, root == NULL ? error.text : "no weight_map");
     if (status == CHOIR_OK) {
-        json_object_foreach (map, key, value)
-            if (json_is_string(value))
-                json_object_set_new(names, json_string_value(value), json_true());
+        json_object_foreach(map, key, value) if (json_is_string(value))
+            json_object_set_new(names, json_string_value(value), json_true());
         if (json_object_size(names) == 0 || json_object_size(names) > MAX_SHARDS)
             status = choir_fail(CHOIR_E_FORMAT, "%s names %zu files, must be 1 to %d", path,
                                 json_object_size(names), MAX_SHARDS);
@@ -241,14 +484,14 @@ static choir_status open_index(choir_model_file *f, const char *path)
         if (f->shards == NULL) status = choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", path);
     }
     if (status == CHOIR_OK)
-        json_object_foreach (names, key, value)
-            if (status == CHOIR_OK) status = open_shard(f, key);
+        json_object_foreach(names, key, value) if (status == CHOIR_OK) status = open_shard(f, key);
     json_decref(names);
     json_decref(root);
     return status;
 }
 
-/* chat_template.jinja, or "chat_template" of tokenizer_config.json: a string or a list of named ones. */
+/* chat_template.jinja, or "chat_template" of tokenizer_config.json: a string or a list of named
+ * ones. */
 static choir_status read_hf_template(choir_model_file *f)
 {
     char path[4096];
@@ -261,7 +504,8 @@ static choir_status read_hf_template(choir_model_file *f)
     if (!choir_file_exists(path)) return CHOIR_OK;
     json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES | JSON_DECODE_INT_AS_REAL, &error);
     if (root == NULL)
-        return choir_fail(CHOIR_E_FORMAT, "%s: bad JSON in line %d: %s", path, error.line, error.text);
+        return choir_fail(CHOIR_E_FORMAT, "%s: bad JSON in line %d: %s", path, error.line,
+                          error.text);
     const json_t *source = json_object_get(root, "chat_template");
     for (size_t i = 0; json_is_array(source) && i < json_array_size(source); i++) {
         const json_t *named = json_array_get(source, i);
@@ -290,8 +534,6 @@ static choir_status open_folder(choir_model_file *f)
         if (f->shards == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", f->path);
         CHOIR_TRY(open_shard(f, "model.safetensors"));
     }
-    found head;
-    if (f->config.tied_head && find_tensor(f, "lm_head.weight", &head)) f->config.tied_head = true;
     return read_hf_template(f);
 }
 
@@ -306,8 +548,10 @@ static choir_status open_gguf(choir_model_file *f)
     choir_map_close(&map);
     if (!choir_gguf_string(f->gguf, "tokenizer.chat_template", &source)) return CHOIR_OK;
     if (source.bytes > MAX_TEMPLATE_BYTES || memchr(source.data, 0, source.bytes) != NULL)
-        return choir_fail(CHOIR_E_FORMAT, "%s: tokenizer.chat_template has %zu bytes or a NUL in it, the "
-                          "limit is %d", f->path, source.bytes, MAX_TEMPLATE_BYTES);
+        return choir_fail(CHOIR_E_FORMAT,
+                          "%s: tokenizer.chat_template has %zu bytes or a NUL in it, the "
+                          "limit is %d",
+                          f->path, source.bytes, MAX_TEMPLATE_BYTES);
     f->chat_template = choir_alloc(CHOIR_MEM_OTHER, source.bytes + 1);
     if (f->chat_template == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", f->path);
     memcpy(f->chat_template, source.data, source.bytes);
@@ -344,53 +588,36 @@ static void count_types(choir_model_file *f)
     }
 }
 
-void choir_config_set_id(const choir_model_config *c, int64_t id, int32_t *out)
+/* Where a Hugging Face folder has the text model's tensors. */
+static void find_prefix(choir_model_file *f)
 {
-    *out = id >= 0 && id < c->vocab ? (int32_t)id : -1;
+    found t;
+    char name[256];
+    const choir_place *place;
+    static const prefix prefixes[] = {PREFIX_INSIDE_MODEL, PREFIX_LANGUAGE_MODEL, PREFIX_NONE};
+    for (size_t i = 0; i < 3; i++) {
+        f->prefix = prefixes[i];
+        if (locate(f, CHOIR_ROLE_EMBEDDING, 0, 0, name, sizeof name, &place, &t)) return;
+    }
 }
 
-void choir_config_add_eos(choir_model_config *c, int64_t id)
+/* Dense layers among others have a width of their own. */
+static choir_status check_layers(const choir_model_file *f)
 {
-    if (id < 0 || id >= c->vocab || c->n_eos == sizeof c->eos_ids / sizeof *c->eos_ids) return;
-    for (uint32_t i = 0; i < c->n_eos; i++)
-        if (c->eos_ids[i] == id) return;
-    c->eos_ids[c->n_eos++] = (int32_t)id;
-}
-
-choir_status choir_config_check(const char *path, const choir_model_config *c)
-{
-    const struct {
-        const char *what;
-        uint32_t value, most;
-    } counts[] = {
-        {"number of layers", c->n_layers, 4096},   {"hidden size", c->hidden, 1 << 20},
-        {"number of heads", c->n_heads, 4096},     {"number of kv heads", c->n_kv_heads, 4096},
-        {"head size", c->head_dim, 4096},          {"vocabulary", c->vocab, 1 << 24},
-        {"context length", c->max_positions, 1 << 28},
-        {"FFN size", c->n_experts > 0 ? c->expert_hidden : c->ffn_hidden, 1 << 20},
-    };
-    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
-        if (counts[i].value == 0 || counts[i].value > counts[i].most)
-            return choir_fail(CHOIR_E_FORMAT, "%s: the %s is %u, must be 1 to %u", path,
-                              counts[i].what, counts[i].value, counts[i].most);
-    if (c->n_heads % c->n_kv_heads != 0)
-        return choir_fail(CHOIR_E_FORMAT, "%s: %u heads are no multiple of %u kv heads", path,
-                          c->n_heads, c->n_kv_heads);
-    if (c->rope.rotary_dims == 0 || c->rope.rotary_dims % 2 != 0 || c->rope.rotary_dims > c->head_dim)
-        return choir_fail(CHOIR_E_FORMAT, "%s: rope turns %u of %u dimensions", path,
-                          c->rope.rotary_dims, c->head_dim);
-    if (c->n_experts > 65535 || (c->n_experts > 0 && (c->n_experts_used == 0 ||
-                                                      c->n_experts_used > c->n_experts)))
-        return choir_fail(CHOIR_E_FORMAT, "%s: %u experts per token of %u", path, c->n_experts_used,
-                          c->n_experts);
-    bool good = c->norm_eps >= 0 && c->norm_eps < 1 && c->rope.theta > 0 && isfinite(c->rope.theta);
-    bool scaled = c->rope.scaling == CHOIR_ROPE_NONE || c->rope.factor >= 1;
-    if (c->rope.scaling == CHOIR_ROPE_LLAMA3)
-        scaled = scaled && c->rope.low_freq_factor > 0 &&
-                 c->rope.high_freq_factor > c->rope.low_freq_factor &&
-                 c->rope.original_max_positions > 0;
-    if (!good || !scaled)
-        return choir_fail(CHOIR_E_FORMAT, "%s: the norm's epsilon or rope's parameters are absurd", path);
+    const choir_model_config *c = &f->config;
+    bool any = false;
+    for (uint32_t l = 0; l < c->n_layers; l++) {
+        bool moe = (c->layers[l] & CHOIR_LAYER_MOE) != 0;
+        any = any || moe;
+        if (!moe && c->ffn_hidden == 0)
+            return choir_fail(CHOIR_E_FORMAT,
+                              "%s: layer %u has no router, and the configuration gives no "
+                              "width for dense layers",
+                              f->path, l);
+    }
+    if (c->family->moe && !any)
+        return choir_fail(CHOIR_E_FORMAT, "%s: '%s' has no layer with a router", f->path,
+                          c->family->name);
     return CHOIR_OK;
 }
 
@@ -401,7 +628,13 @@ static choir_status open_any(choir_model_file *f)
     else
         CHOIR_TRY(open_gguf(f));
     CHOIR_TRY(choir_config_check(f->path, &f->config));
+    if (f->gguf == NULL) find_prefix(f);
+    look_at_tensors(f);
+    f->claimed = choir_calloc(CHOIR_MEM_OTHER, n_tensors(f) + 1, sizeof *f->claimed);
+    if (f->claimed == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", f->path);
+    CHOIR_TRY(check_layers(f));
     CHOIR_TRY(check_tensors(f));
+    CHOIR_TRY(check_leftovers(f));
     count_types(f);
     return CHOIR_OK;
 }
@@ -412,7 +645,8 @@ choir_status choir_model_file_open(const char *path, choir_model_file **out)
     if (f == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory to open %s", path);
     choir_status status = CHOIR_OK;
     if (strlen(path) > 3000)
-        status = choir_fail(CHOIR_E_INVALID, "a path of %zu bytes, the limit is 3000", strlen(path));
+        status =
+            choir_fail(CHOIR_E_INVALID, "a path of %zu bytes, the limit is 3000", strlen(path));
     else if ((f->path = choir_strdup(CHOIR_MEM_OTHER, path)) == NULL)
         status = choir_fail(CHOIR_E_NO_MEMORY, "no memory to open %s", path);
     for (size_t n = f->path == NULL ? 0 : strlen(f->path); n > 1 && f->path[n - 1] == '/'; n--)
@@ -433,18 +667,43 @@ void choir_model_file_close(choir_model_file *f)
     choir_free(f->shards);
     choir_gguf_close(f->gguf);
     choir_free(f->chat_template);
+    choir_free(f->claimed);
     choir_free(f->path);
     choir_free(f);
 }
 
-const char *choir_model_config_family(const choir_model_config *c) { return c->family->name; }
-const choir_model_config *choir_model_file_config(const choir_model_file *f) { return &f->config; }
-const char *choir_model_file_path(const choir_model_file *f) { return f->path; }
-const choir_gguf *choir_model_file_gguf(const choir_model_file *f) { return f->gguf; }
-uint64_t choir_model_file_bytes(const choir_model_file *f) { return f->bytes; }
-uint64_t choir_model_file_n_parameters(const choir_model_file *f) { return f->n_parameters; }
-const char *choir_model_file_types(const choir_model_file *f) { return f->types; }
-const char *choir_model_file_chat_template(const choir_model_file *f) { return f->chat_template; }
+const char *choir_model_config_family(const choir_model_config *c)
+{
+    return c->family->name;
+}
+const choir_model_config *choir_model_file_config(const choir_model_file *f)
+{
+    return &f->config;
+}
+const char *choir_model_file_path(const choir_model_file *f)
+{
+    return f->path;
+}
+const choir_gguf *choir_model_file_gguf(const choir_model_file *f)
+{
+    return f->gguf;
+}
+uint64_t choir_model_file_bytes(const choir_model_file *f)
+{
+    return f->bytes;
+}
+uint64_t choir_model_file_n_parameters(const choir_model_file *f)
+{
+    return f->n_parameters;
+}
+const char *choir_model_file_types(const choir_model_file *f)
+{
+    return f->types;
+}
+const char *choir_model_file_chat_template(const choir_model_file *f)
+{
+    return f->chat_template;
+}
 
 const char *choir_model_file_kind(const choir_model_file *f)
 {

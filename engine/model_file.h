@@ -8,81 +8,107 @@
  * NEXT    engine/families/families.h for what a family is; engine/load.c, which packs the weights. */
 #pragma once
 #include "engine/kernels/kernels.h"
+#include "engine/properties.h"
 #include <jansson.h>
 
-/* X(role, per layer?, per expert?) : the tensors a family may have. */
+/* X(role, where, rows, columns, when): the tensors a model may have.
+ * where:   MODEL once; LAYER in every layer; DENSE, MOE in layers of that kind; EXPERT for every expert of an
+ *          MoE layer; HEAD for every query head of every layer
+ * shape:   names of engine/roles.c; a vector is one row
+ * when:    ALWAYS; OPTIONAL (config->roles says); UNTIED; GQA, LATENT by the kind of attention, the latter
+ *          with DIRECT_Q or LORA_Q */
+// clang-format off
 #define CHOIR_ROLE_LIST(X)                                                                         \
-    X(EMBEDDING, 0, 0)                                                                             \
-    X(OUTPUT_NORM, 0, 0)                                                                           \
-    X(HEAD, 0, 0)                                                                                  \
-    X(ROPE_FACTORS, 0, 0)                                                                          \
-    X(ATTN_NORM, 1, 0)                                                                             \
-    X(ATTN_Q, 1, 0)                                                                                \
-    X(ATTN_K, 1, 0)                                                                                \
-    X(ATTN_V, 1, 0)                                                                                \
-    X(ATTN_OUT, 1, 0)                                                                              \
-    X(ATTN_Q_BIAS, 1, 0)                                                                           \
-    X(ATTN_K_BIAS, 1, 0)                                                                           \
-    X(ATTN_V_BIAS, 1, 0)                                                                           \
-    X(ATTN_Q_NORM, 1, 0)                                                                           \
-    X(ATTN_K_NORM, 1, 0)                                                                           \
-    X(FFN_NORM, 1, 0)                                                                              \
-    X(FFN_GATE, 1, 0)                                                                              \
-    X(FFN_UP, 1, 0)                                                                                \
-    X(FFN_DOWN, 1, 0)                                                                              \
-    X(ROUTER, 1, 0)                                                                                \
-    X(EXPERT_GATE, 1, 1)                                                                           \
-    X(EXPERT_UP, 1, 1)                                                                             \
-    X(EXPERT_DOWN, 1, 1)
+    X(EMBEDDING,         MODEL,  VOCAB,    HIDDEN,    ALWAYS)                                      \
+    X(OUTPUT_NORM,       MODEL,  ONE,      HIDDEN,    ALWAYS)                                      \
+    X(OUTPUT_NORM_BIAS,  MODEL,  ONE,      HIDDEN,    OPTIONAL)                                    \
+    X(HEAD,              MODEL,  VOCAB,    HIDDEN,    UNTIED)                                      \
+    X(HEAD_BIAS,         MODEL,  ONE,      VOCAB,     OPTIONAL)                                    \
+    X(ROPE_FACTORS,      MODEL,  ONE,      ROTARY,    OPTIONAL)                                    \
+    X(ROPE_LONG,         MODEL,  ONE,      ROTARY,    OPTIONAL)                                    \
+    X(ROPE_SHORT,        MODEL,  ONE,      ROTARY,    OPTIONAL)                                    \
+    X(ATTN_NORM,         LAYER,  ONE,      HIDDEN,    ALWAYS)                                      \
+    X(ATTN_NORM_BIAS,    LAYER,  ONE,      HIDDEN,    OPTIONAL)                                    \
+    X(ATTN_Q,            LAYER,  QUERIES,  HIDDEN,    DIRECT_Q)                                    \
+    X(ATTN_Q_A,          LAYER,  Q_LORA,   HIDDEN,    LORA_Q)                                      \
+    X(ATTN_Q_A_NORM,     LAYER,  ONE,      Q_LORA,    LORA_Q)                                      \
+    X(ATTN_Q_B,          LAYER,  QUERIES,  Q_LORA,    LORA_Q)                                      \
+    X(ATTN_K,            LAYER,  KEYS,     HIDDEN,    GQA)                                         \
+    X(ATTN_V,            LAYER,  KEYS,     HIDDEN,    GQA)                                         \
+    X(ATTN_KV_A,         LAYER,  LATENT,   HIDDEN,    LATENT)                                      \
+    X(ATTN_KV_A_NORM,    LAYER,  ONE,      KV_LORA,   LATENT)                                      \
+    X(ATTN_K_B,          HEAD,   KV_LORA,  NOPE,      LATENT)                                      \
+    X(ATTN_V_B,          HEAD,   VALUE,    KV_LORA,   LATENT)                                      \
+    X(ATTN_OUT,          LAYER,  HIDDEN,   ATTENDED,  ALWAYS)                                      \
+    X(ATTN_Q_BIAS,       LAYER,  ONE,      QUERIES,   OPTIONAL)                                    \
+    X(ATTN_K_BIAS,       LAYER,  ONE,      KEYS,      OPTIONAL)                                    \
+    X(ATTN_V_BIAS,       LAYER,  ONE,      KEYS,      OPTIONAL)                                    \
+    X(ATTN_OUT_BIAS,     LAYER,  ONE,      HIDDEN,    OPTIONAL)                                    \
+    X(ATTN_Q_NORM,       LAYER,  ONE,      Q_NORM,    OPTIONAL)                                    \
+    X(ATTN_K_NORM,       LAYER,  ONE,      K_NORM,    OPTIONAL)                                    \
+    X(ATTN_SINKS,        LAYER,  ONE,      HEADS,     OPTIONAL)                                    \
+    X(ATTN_POST_NORM,    LAYER,  ONE,      HIDDEN,    OPTIONAL)                                    \
+    X(FFN_NORM,          LAYER,  ONE,      HIDDEN,    ALWAYS)                                      \
+    X(FFN_NORM_BIAS,     LAYER,  ONE,      HIDDEN,    OPTIONAL)                                    \
+    X(FFN_POST_NORM,     LAYER,  ONE,      HIDDEN,    OPTIONAL)                                    \
+    X(FFN_GATE,          DENSE,  FFN,      HIDDEN,    ALWAYS)                                      \
+    X(FFN_UP,            DENSE,  FFN,      HIDDEN,    ALWAYS)                                      \
+    X(FFN_DOWN,          DENSE,  HIDDEN,   FFN,       ALWAYS)                                      \
+    X(FFN_GATE_BIAS,     DENSE,  ONE,      FFN,       OPTIONAL)                                    \
+    X(FFN_UP_BIAS,       DENSE,  ONE,      FFN,       OPTIONAL)                                    \
+    X(FFN_DOWN_BIAS,     DENSE,  ONE,      HIDDEN,    OPTIONAL)                                    \
+    X(ROUTER,            MOE,    EXPERTS,  HIDDEN,    ALWAYS)                                      \
+    X(ROUTER_BIAS,       MOE,    ONE,      EXPERTS,   OPTIONAL)                                    \
+    X(ROUTER_CORRECTION, MOE,    ONE,      EXPERTS,   OPTIONAL)                                    \
+    X(EXPERT_GATE,       EXPERT, EXPERT,   HIDDEN,    ALWAYS)                                      \
+    X(EXPERT_UP,         EXPERT, EXPERT,   HIDDEN,    ALWAYS)                                      \
+    X(EXPERT_DOWN,       EXPERT, HIDDEN,   EXPERT,    ALWAYS)                                      \
+    X(EXPERT_GATE_BIAS,  EXPERT, ONE,      EXPERT,    OPTIONAL)                                    \
+    X(EXPERT_UP_BIAS,    EXPERT, ONE,      EXPERT,    OPTIONAL)                                    \
+    X(EXPERT_DOWN_BIAS,  EXPERT, ONE,      HIDDEN,    OPTIONAL)                                    \
+    X(SHARED_GATE,       MOE,    SHARED,   HIDDEN,    OPTIONAL)                                    \
+    X(SHARED_UP,         MOE,    SHARED,   HIDDEN,    OPTIONAL)                                    \
+    X(SHARED_DOWN,       MOE,    HIDDEN,   SHARED,    OPTIONAL)                                    \
+    X(SHARED_ROUTER,     MOE,    ONE,      HIDDEN,    OPTIONAL)
+// clang-format on
 
 typedef enum choir_role {
-#define X(role, layer, expert) CHOIR_ROLE_##role,
+#define X(role, where, rows, cols, when) CHOIR_ROLE_##role,
     CHOIR_ROLE_LIST(X)
 #undef X
     CHOIR_N_ROLES
 } choir_role;
+#define CHOIR_ROLE_BIT(role) (UINT64_C(1) << CHOIR_ROLE_##role)
+_Static_assert(CHOIR_N_ROLES <= 64, "roles are bits of 64");
 
-typedef enum choir_rope_scaling {
-    CHOIR_ROPE_NONE,
-    CHOIR_ROPE_LINEAR, /* positions / factor */
-    CHOIR_ROPE_LLAMA3, /* frequencies scaled by wavelength (Llama 3.1) */
-} choir_rope_scaling;
+/* What a model of this configuration has (engine/roles.c). */
+void choir_role_shape(const choir_model_config *config, choir_role role, uint64_t *rows, uint64_t *cols);
+/* Whether the layer has the role's tensors; MODEL roles: layer is ignored. */
+bool choir_role_in_layer(const choir_model_config *config, choir_role role, uint32_t layer);
+bool choir_role_per_layer(choir_role role);
+bool choir_role_optional(choir_role role);
+/* 1, or the number of experts or heads that have each their own. */
+uint32_t choir_role_count(const choir_model_config *config, choir_role role);
+const char *choir_role_text(choir_role role); /* "ATTN_Q" */
 
-typedef struct choir_rope_config {
-    float theta;
-    choir_rope_scaling scaling;
-    float factor, low_freq_factor, high_freq_factor;
-    uint32_t original_max_positions;
-    uint32_t rotary_dims;
-    bool interleaved; /* rows of q and k lie as (2i, 2i+1) pairs: GGUF files of the llama family */
-} choir_rope_config;
+/* A matrix or vector as it lies in a file, perhaps as a part of a larger tensor: every other row of it, one
+ * head's, or its transpose. A view, like choir_tensor. */
+typedef struct choir_slice {
+    choir_dtype dtype; /* of what choir_slice_copy writes */
+    uint32_t rows, cols;
+    const uint8_t *data;
+    size_t row_stride;     /* bytes */
+    size_t col_stride;     /* bytes; 0: a row's elements (or blocks) follow each other */
+    const uint8_t *scales; /* MXFP4 in two tensors: data has 16 bytes a block, this one exponent */
+    size_t scales_stride;  /* bytes of a row's exponents */
+    choir_dtype source;    /* what lies there: dtype, or quantised rows to be transposed as F32 */
+} choir_slice;
 
-struct choir_family;
-/* What the token path needs to know; every number is checked (nonzero, divisible, bounded). */
-typedef struct choir_model_config {
-    const struct choir_family *family;
-    char name[128];
-    uint32_t n_layers, hidden, n_heads, n_kv_heads, head_dim;
-    uint32_t ffn_hidden;    /* dense FFN width; 0 if every layer is MoE */
-    uint32_t n_experts;     /* 0: dense */
-    uint32_t n_experts_used;
-    uint32_t expert_hidden; /* an expert's FFN width */
-    uint32_t vocab, max_positions;
-    uint32_t sliding_window; /* 0: none */
-    float norm_eps;
-    choir_rope_config rope;
-    bool tied_head;
-    bool normalise_topk; /* chosen experts' weights sum to one */
-    int32_t bos_id, eos_ids[16], pad_id; /* -1: none */
-    uint32_t n_eos;
-    /* from generation_config.json or GGUF's general.sampling; negative or 0 (temperature: negative) = not given */
-    float temperature, top_p;
-    int32_t top_k;
-    float repetition_penalty;
-    char licence[64]; /* "" when the file does not say */
-} choir_model_config;
-
-const char *choir_model_config_family(const choir_model_config *config); /* "mixtral" */
+size_t choir_slice_bytes(const choir_slice *slice); /* of rows x cols in dtype */
+/* True when it lies as a tensor does, and can be used where it is. */
+bool choir_slice_is_tensor(const choir_slice *slice, choir_tensor *out);
+/* Writes choir_slice_bytes() bytes, row after row. */
+void choir_slice_copy(const choir_slice *slice, void *out);
 
 typedef struct choir_model_file choir_model_file;
 typedef struct choir_gguf choir_gguf; /* engine/gguf.h, for the tokenizer's metadata */
@@ -99,11 +125,13 @@ uint64_t choir_model_file_n_parameters(const choir_model_file *file);
 /* "Q4_1 (210), F32 (61)": types by count, for people. Valid until close. */
 const char *choir_model_file_types(const choir_model_file *file);
 
-/* The tensor of a role, its shape checked against the configuration; layer and expert are ignored where
- * the role has none. Experts that lie stacked are sliced. CHOIR_E_NOT_FOUND names the tensor. */
+/* A role's tensor, its shape checked against the configuration; `index` is an expert or a head, ignored where
+ * the role has neither, like `layer`. CHOIR_E_NOT_FOUND names the tensor. */
+choir_status choir_model_file_slice(const choir_model_file *file, choir_role role, uint32_t layer,
+                                    uint32_t index, choir_slice *out) CHOIR_MUST_USE;
+/* The same where it lies as a tensor does; CHOIR_E_UNIMPLEMENTED where it does not. */
 choir_status choir_model_file_tensor(const choir_model_file *file, choir_role role, uint32_t layer,
-                                     uint32_t expert, choir_tensor *out) CHOIR_MUST_USE;
-bool choir_model_file_has(const choir_model_file *file, choir_role role, uint32_t layer);
+                                     uint32_t index, choir_tensor *out) CHOIR_MUST_USE;
 
 /* The model's own Jinja chat template, or NULL; lent until close. */
 const char *choir_model_file_chat_template(const choir_model_file *file);

@@ -1,10 +1,11 @@
-/* x += Σ_chosen weight · expert(norm(x)): where the router's plan meets the expert store. A dense layer is
- * a layer with one expert that gets every row (SwiGLU experts: down(silu(gate h) · up h), Shazeer 2020). */
+/* x += Σ_chosen weight · expert(norm(x)) + always(norm(x)): where the router's plan meets the
+ * expert store. A dense layer has no router, only the expert that takes every row (SwiGLU experts:
+ * down(silu(gate h) · up h), Shazeer 2020); an MoE layer may have such a one too, the shared
+ * expert. */
 #include "engine/state.h"
 
+#include <math.h>
 #include <string.h>
-
-static bool is_moe(const choir_engine *e, uint32_t l) { return e->layers[l].router.rows > 0; }
 
 static void copy_taps(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
@@ -31,20 +32,44 @@ static void record_routes(choir_engine *e, uint32_t l, size_t i)
     memcpy(span->routes->weights + at, s->plan->weights + i * k, k * sizeof(float));
 }
 
+static float dot(const float *a, const float *b, uint32_t n)
+{
+    float sum = 0;
+    for (uint32_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* The shared expert's weight: 1, or a sigmoid of its gate (Qwen 2 MoE). */
+static void weigh_always(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    const float *gate = e->layers[l].always_gate;
+    uint32_t hidden = e->config.hidden;
+    uint64_t begin, end;
+    choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
+    for (uint64_t i = begin; i < end; i++)
+        s->always_weight[i] =
+            gate == NULL ? 1 : 1 / (1 + expf(-dot(gate, s->h + i * hidden, hidden)));
+}
+
 /* h -> (expert, weight) for the worker's own rows, which it has just normed. */
 static void route(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
+    const layer *w = &e->layers[l];
     uint32_t n = e->config.n_experts, hidden = e->config.hidden;
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
     if (begin == end) return;
     const choir_acts own = {s->h + begin * hidden, NULL, (uint32_t)(end - begin), hidden};
-    e->kernels->matmul(&e->layers[l].router, &own, s->router_logits + begin * n, n, 0, n);
+    e->kernels->matmul(&w->router, &own, s->router_logits + begin * n, n, 0, n);
+    for (uint64_t i = begin; w->router_bias != NULL && i < end; i++)
+        e->kernels->add(s->router_logits + i * n, w->router_bias, n);
     if (e->forced_expert >= 0)
         choir_router_force((uint32_t)e->forced_expert, (uint32_t)begin, (uint32_t)end, s->plan);
     else
-        choir_router_route(&e->gate, s->router_logits, (uint32_t)begin, (uint32_t)end, s->plan);
+        choir_router_route(&e->config.gate, s->router_logits, w->router_correction, (uint32_t)begin,
+                           (uint32_t)end, s->plan);
     for (uint64_t i = begin; i < end; i++) record_routes(e, l, i);
 }
 
@@ -53,8 +78,8 @@ static uint32_t n_slots_of(const choir_plan *plan, uint32_t expert)
     return plan->first[expert + 1] - plan->first[expert];
 }
 
-/* One worker: groups the rows by expert, finds each expert's area, pins it. All experts are resident,
- * so a pin cannot fail. */
+/* One worker: groups the rows by expert, finds each expert's area, pins it. All experts are
+ * resident, so a pin cannot fail. */
 static void open_experts(choir_engine *e, uint32_t l)
 {
     step *s = &e->step;
@@ -80,16 +105,20 @@ static void close_experts(choir_engine *e, uint32_t l)
         if (e->step.pinned[x] != NULL) choir_experts_unpin(e->experts, l, x);
 }
 
-/* Copies each slot's row beside the others of its expert. */
+/* Copies each slot's row beside the others of its expert, weighed already where the model says so.
+ */
 static void gather(choir_engine *e, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
+    const choir_plan *p = s->plan;
     uint32_t hidden = e->config.hidden;
     uint64_t begin, end;
-    choir_share((uint64_t)s->n_rows * s->plan->k, 1, worker, n_workers, &begin, &end);
-    for (uint64_t slot = begin; slot < end; slot++)
-        memcpy(s->slot_in + slot * hidden,
-               s->h + (size_t)(s->plan->slots[slot] / s->plan->k) * hidden, hidden * sizeof(float));
+    choir_share((uint64_t)s->n_rows * p->k, 1, worker, n_workers, &begin, &end);
+    for (uint64_t slot = begin; slot < end; slot++) {
+        float *to = s->slot_in + slot * hidden, weight = p->weights[p->slots[slot]];
+        memcpy(to, s->h + (size_t)(p->slots[slot] / p->k) * hidden, hidden * sizeof *to);
+        for (uint32_t d = 0; e->config.weigh_input && d < hidden; d++) to[d] *= weight;
+    }
 }
 
 /* Quantises the worker's share of slots; each expert's slots lie in an area of their own. */
@@ -109,6 +138,22 @@ static void quantize_slots(choir_engine *e, const float *x, uint32_t cols, uint8
     }
 }
 
+static void activate(const choir_engine *e, const float *up, uint32_t n, float *gate)
+{
+    const choir_model_config *c = &e->config;
+    switch (c->activation) {
+    case CHOIR_SWIGLU:
+        e->kernels->silu_mul(gate, up, n, gate);
+        break;
+    case CHOIR_GEGLU:
+        e->kernels->gelu_mul(gate, up, n, gate);
+        break;
+    case CHOIR_CLAMPED_SWIGLU:
+        e->kernels->clamped_swiglu(gate, up, c->swiglu_alpha, c->swiglu_limit, n, gate);
+        break;
+    }
+}
+
 /* gate = silu(Wg h) · (Wu h) over the worker's own columns; no meeting is needed in between. */
 static void gate_and_up(choir_engine *e, const choir_expert *expert, const choir_acts *in,
                         float *gate, float *up, uint32_t worker, uint32_t n_workers)
@@ -116,12 +161,16 @@ static void gate_and_up(choir_engine *e, const choir_expert *expert, const choir
     uint64_t begin, end;
     uint32_t ffn = expert->gate.rows;
     choir_share(ffn, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
-    if (begin == end) return;
+    uint32_t n = (uint32_t)(end - begin);
+    if (n == 0) return;
     e->kernels->matmul(&expert->gate, in, gate, ffn, (uint32_t)begin, (uint32_t)end);
     e->kernels->matmul(&expert->up, in, up, ffn, (uint32_t)begin, (uint32_t)end);
-    for (size_t i = 0; i < in->n_rows; i++)
-        e->kernels->silu_mul(gate + i * ffn + begin, up + i * ffn + begin, (uint32_t)(end - begin),
-                             gate + i * ffn + begin);
+    for (size_t i = 0; i < in->n_rows; i++) {
+        float *g = gate + i * ffn + begin, *u = up + i * ffn + begin;
+        if (expert->gate_bias != NULL) e->kernels->add(g, expert->gate_bias + begin, n);
+        if (expert->up_bias != NULL) e->kernels->add(u, expert->up_bias + begin, n);
+        activate(e, u, n, g);
+    }
 }
 
 /* Adds each slot's output to its row, weighted, over the worker's own columns. Experts ascend, so a
@@ -130,28 +179,60 @@ static void down_and_mix(choir_engine *e, uint32_t expert, uint32_t worker, uint
 {
     step *s = &e->step;
     const choir_plan *p = s->plan;
-    const choir_matrix *w = &s->pinned[expert]->down;
-    uint32_t hidden = w->rows, ffn = w->cols, first = p->first[expert];
+    const choir_expert *x = s->pinned[expert];
+    uint32_t hidden = x->down.rows, ffn = x->down.cols, first = p->first[expert];
     uint64_t begin, end;
     choir_share(hidden, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
-    if (begin == end) return;
+    uint32_t n = (uint32_t)(end - begin);
+    if (n == 0) return;
     const choir_acts in = {s->gate + (size_t)first * ffn, s->q8_ffn + s->q8_ffn_at[expert],
                            n_slots_of(p, expert), ffn};
-    e->kernels->matmul(w, &in, s->slot_out + (size_t)first * hidden, hidden, (uint32_t)begin,
+    e->kernels->matmul(&x->down, &in, s->slot_out + (size_t)first * hidden, hidden, (uint32_t)begin,
                        (uint32_t)end);
     for (uint32_t slot = first; slot < p->first[expert + 1]; slot++) {
         size_t i = p->slots[slot] / p->k;
-        e->kernels->add_scaled(s->x + i * hidden + begin,
-                               s->slot_out + (size_t)slot * hidden + begin,
-                               p->weights[p->slots[slot]], (uint32_t)(end - begin));
+        float *y = s->slot_out + (size_t)slot * hidden + begin;
+        float weight = e->config.weigh_input ? 1 : p->weights[p->slots[slot]];
+        if (x->down_bias != NULL) e->kernels->add(y, x->down_bias + begin, n);
+        e->kernels->add_scaled(s->x + i * hidden + begin, y, weight * e->config.residual_scale, n);
     }
+}
+
+/* The shared expert's part, after those of the routed ones. */
+static void mix_always(choir_engine *e, const choir_expert *x, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    uint32_t hidden = x->down.rows;
+    uint64_t begin, end;
+    choir_share(hidden, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
+    if (begin == end) return;
+    const choir_acts in = {s->always_gate, s->q8_always, s->n_rows, x->down.cols};
+    e->kernels->matmul(&x->down, &in, s->h, hidden, (uint32_t)begin, (uint32_t)end);
+    for (size_t i = 0; i < s->n_rows; i++)
+        e->kernels->add_scaled(s->x + i * hidden + begin, s->h + i * hidden + begin,
+                               s->always_weight[i] * e->config.residual_scale,
+                               (uint32_t)(end - begin));
+}
+
+static void quantize_always(choir_engine *e, const choir_expert *x, uint32_t worker,
+                            uint32_t n_workers)
+{
+    step *s = &e->step;
+    uint64_t begin, end;
+    choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
+    if (!e->options.exact && begin < end)
+        e->kernels->quantize(s->always_gate, x->gate.rows, s->q8_always, (uint32_t)begin,
+                             (uint32_t)end);
 }
 
 static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
+    const choir_expert *always = &e->layers[l].always;
+    bool shared = always->gate.rows > 0;
     uint32_t n = e->config.n_experts, hidden = e->config.hidden, ffn = e->config.expert_hidden;
     route(e, l, worker, n_workers);
+    if (shared) weigh_always(e, l, worker, n_workers);
     choir_workers_sync(e->workers);
 
     if (worker == 0) open_experts(e, l);
@@ -169,13 +250,17 @@ static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
         gate_and_up(e, s->pinned[x], &in, s->gate + first * ffn, s->up + first * ffn, worker,
                     n_workers);
     }
+    const choir_acts rows = {s->h, s->q8_rows, s->n_rows, hidden};
+    if (shared) gate_and_up(e, always, &rows, s->always_gate, s->always_up, worker, n_workers);
     choir_workers_sync(e->workers);
 
     quantize_slots(e, s->gate, ffn, s->q8_ffn, s->q8_ffn_at, worker, n_workers);
+    if (shared) quantize_always(e, always, worker, n_workers);
     choir_workers_sync(e->workers);
 
     for (uint32_t x = 0; x < n; x++)
         if (s->pinned[x] != NULL) down_and_mix(e, x, worker, n_workers);
+    if (shared) mix_always(e, always, worker, n_workers);
     choir_workers_sync(e->workers);
     if (worker == 0) close_experts(e, l);
 }
@@ -183,35 +268,30 @@ static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
 static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
-    uint32_t ffn = e->config.ffn_hidden;
-    if (worker == 0) {
-        choir_status status = choir_experts_pin(e->experts, l, 0, &s->pinned[0]);
-        CHOIR_ASSERT(status == CHOIR_OK);
-    }
+    const layer *w = &e->layers[l];
     choir_workers_sync(e->workers);
 
-    const choir_acts in = {s->h, s->q8_h, s->n_rows, e->config.hidden};
-    gate_and_up(e, s->pinned[0], &in, s->gate, s->up, worker, n_workers);
+    const choir_acts in = {s->h, s->q8_rows, s->n_rows, e->config.hidden};
+    gate_and_up(e, &w->always, &in, s->always_gate, s->always_up, worker, n_workers);
     choir_workers_sync(e->workers);
 
-    uint64_t begin, end;
-    choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
-    if (!e->options.exact && begin < end)
-        e->kernels->quantize(s->gate, ffn, s->q8_ffn, (uint32_t)begin, (uint32_t)end);
+    quantize_always(e, &w->always, worker, n_workers);
     choir_workers_sync(e->workers);
 
-    const choir_acts act = {s->gate, s->q8_ffn, s->n_rows, ffn};
-    choir_multiply_into_residual(e, &s->pinned[0]->down, &act, s->h, s->x, worker, n_workers);
-    choir_workers_sync(e->workers);
-    if (worker == 0) choir_experts_unpin(e->experts, l, 0);
+    const choir_acts act = {s->always_gate, s->q8_always, s->n_rows, e->config.ffn_hidden};
+    choir_multiply_into_residual(e, &w->always.down, w->always.down_bias, w->ffn_post_norm, &act,
+                                 s->h, worker, n_workers);
 }
 
 void choir_phase_ffn(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
-    bool moe = is_moe(e, l);
-    /* An MoE layer quantises its slots after routing, so only a dense one quantises rows here. */
-    choir_norm_rows(e, e->layers[l].ffn_norm, s->h, moe ? NULL : s->q8_h, worker, n_workers);
+    const layer *w = &e->layers[l];
+    bool moe = w->router.rows > 0;
+    /* Routed experts' slots are quantised after routing; rows, for the expert that takes all of
+     * them. */
+    choir_norm_rows(e, &w->ffn_norm, s->h, w->always.gate.rows > 0 ? s->q8_rows : NULL, worker,
+                    n_workers);
     copy_taps(e, l, worker, n_workers);
     if (moe)
         run_experts(e, l, worker, n_workers);

@@ -1,17 +1,31 @@
-/* Products of activations and weights, cut over output rows: a worker's share never splits K, so the
- * bits do not depend on the number of workers. */
+/* Products of activations and weights, cut over output rows: a worker's share never splits K, so
+ * the bits do not depend on the number of workers. */
 #include "engine/state.h"
 
-void choir_norm_rows(choir_engine *e, const float *weight, float *h, uint8_t *q8, uint32_t worker,
+/* A LayerNorm is an RMSNorm of what is left when the mean is gone, and a bias. */
+void choir_norm_row(const choir_engine *e, const norm *w, const float *x, float *out)
+{
+    uint32_t hidden = e->config.hidden;
+    if (e->config.layer_norm) {
+        double sum = 0;
+        for (uint32_t i = 0; i < hidden; i++) sum += (double)x[i];
+        float mean = (float)(sum / hidden);
+        for (uint32_t i = 0; i < hidden; i++) out[i] = x[i] - mean;
+        x = out;
+    }
+    e->kernels->rms_norm(x, w->weight, e->config.norm_eps, hidden, out);
+    if (w->bias != NULL) e->kernels->add(out, w->bias, hidden);
+}
+
+void choir_norm_rows(choir_engine *e, const norm *w, float *h, uint8_t *q8, uint32_t worker,
                      uint32_t n_workers)
 {
     step *s = &e->step;
     uint32_t hidden = e->config.hidden;
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
-    for (uint64_t i = begin; i < end; i++)
-        e->kernels->rms_norm(s->x + i * hidden, weight, e->config.norm_eps, hidden, h + i * hidden);
-    if (q8 != NULL && begin < end)
+    for (uint64_t i = begin; i < end; i++) choir_norm_row(e, w, s->x + i * hidden, h + i * hidden);
+    if (q8 != NULL && begin < end && !e->options.exact)
         e->kernels->quantize(h, hidden, q8, (uint32_t)begin, (uint32_t)end);
 }
 
@@ -40,14 +54,39 @@ void choir_multiply(const choir_engine *e, const product *products, uint32_t n_p
     }
 }
 
-void choir_multiply_into_residual(const choir_engine *e, const choir_matrix *w,
-                                  const choir_acts *acts, float *y, float *x, uint32_t worker,
-                                  uint32_t n_workers)
+/* The rows' blocks end in norms of their own (Gemma): whole rows are needed. */
+static void add_normed(choir_engine *e, const float *weight, float *y, uint32_t worker,
+                       uint32_t n_workers)
+{
+    step *s = &e->step;
+    uint32_t hidden = e->config.hidden;
+    uint64_t begin, end;
+    choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
+    for (uint64_t i = begin; i < end; i++) {
+        e->kernels->rms_norm(y + i * hidden, weight, e->config.norm_eps, hidden, y + i * hidden);
+        e->kernels->add_scaled(s->x + i * hidden, y + i * hidden, e->config.residual_scale, hidden);
+    }
+}
+
+void choir_multiply_into_residual(choir_engine *e, const choir_matrix *w, const float *bias,
+                                  const float *post_norm, const choir_acts *acts, float *y,
+                                  uint32_t worker, uint32_t n_workers)
 {
     uint64_t begin, end;
+    float scale = e->config.residual_scale;
     choir_share(w->rows, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
-    if (begin == end) return;
-    e->kernels->matmul(w, acts, y, w->rows, (uint32_t)begin, (uint32_t)end);
-    for (size_t i = 0; i < acts->n_rows; i++)
-        e->kernels->add(x + i * w->rows + begin, y + i * w->rows + begin, (uint32_t)(end - begin));
+    uint32_t n = (uint32_t)(end - begin);
+    if (n > 0) e->kernels->matmul(w, acts, y, w->rows, (uint32_t)begin, (uint32_t)end);
+    for (size_t i = 0; n > 0 && i < acts->n_rows; i++) {
+        float *own = y + i * w->rows + begin, *x = e->step.x + i * w->rows + begin;
+        if (bias != NULL) e->kernels->add(own, bias + begin, n);
+        if (post_norm == NULL && scale == 1)
+            e->kernels->add(x, own, n);
+        else if (post_norm == NULL)
+            e->kernels->add_scaled(x, own, scale, n);
+    }
+    choir_workers_sync(e->workers);
+    if (post_norm == NULL) return;
+    add_normed(e, post_norm, y, worker, n_workers);
+    choir_workers_sync(e->workers);
 }

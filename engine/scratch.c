@@ -16,30 +16,66 @@ static void *carve(carver *c, size_t n, size_t bytes)
     return p;
 }
 
-static size_t max_of(size_t a, size_t b) { return a > b ? a : b; }
+static size_t max_of(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
 
 static void carve_rows(choir_engine *e, carver *c)
 {
     step *s = &e->step;
     const choir_model_config *m = &e->config;
-    size_t n = e->options.max_rows, half = m->rope.rotary_dims / 2;
-    size_t q_width = (size_t)m->n_heads * m->head_dim, kv_width = (size_t)m->n_kv_heads * m->head_dim;
+    size_t n = e->options.max_rows, half = m->rope.rotary_dims / 2, attended = choir_attended(m);
+    size_t keys = (size_t)choir_kv_heads(m) * choir_key_dim(m);
+    size_t values = choir_is_latent(m) ? 0 : (size_t)m->n_kv_heads * m->head_dim;
     s->rows = carve(c, n, sizeof *s->rows);
     s->outputs = carve(c, n, sizeof *s->outputs);
     s->output_status = carve(c, n, sizeof *s->output_status);
     s->first_row = carve(c, e->options.max_spans, sizeof *s->first_row);
-    s->items = carve(c, n * m->n_kv_heads, sizeof *s->items);
+    s->items = carve(c, n * choir_kv_heads(m), sizeof *s->items);
     s->x = carve(c, n * m->hidden, sizeof(float));
     s->h = carve(c, n * m->hidden, sizeof(float));
-    s->cos = carve(c, n * half, sizeof(float));
-    s->sin = carve(c, n * half, sizeof(float));
-    s->q = carve(c, n * q_width, sizeof(float));
-    s->k = carve(c, n * kv_width, sizeof(float));
-    s->v = carve(c, n * kv_width, sizeof(float));
-    s->att = carve(c, n * q_width, sizeof(float));
-    s->q8_att = carve(c, 1, choir_acts_q8_bytes((uint32_t)n, (uint32_t)q_width));
+    s->rope.cos = carve(c, n * half, sizeof(float));
+    s->rope.sin = carve(c, n * half, sizeof(float));
+    size_t window_half = m->window_rope.theta > 0 ? half : 0;
+    s->window_rope.cos = carve(c, n * window_half, sizeof(float));
+    s->window_rope.sin = carve(c, n * window_half, sizeof(float));
+    s->q = carve(c, n * m->n_heads * m->head_dim, sizeof(float));
+    s->k = carve(c, n * keys, sizeof(float));
+    s->v = carve(c, n * values, sizeof(float));
+    s->att = carve(c, n * attended, sizeof(float));
+    s->q8_att = carve(c, 1, choir_acts_q8_bytes((uint32_t)n, (uint32_t)attended));
     size_t head_rows = n < HEAD_ROWS ? n : HEAD_ROWS;
     s->logits = carve(c, head_rows * m->vocab, sizeof(float));
+}
+
+static void carve_latents(choir_engine *e, carver *c)
+{
+    step *s = &e->step;
+    const choir_model_config *m = &e->config;
+    uint32_t n = e->options.max_rows, part = (uint32_t)max_of(m->nope_dim, m->kv_lora_rank);
+    if (!choir_is_latent(m)) return;
+    size_t heads = (size_t)n * m->n_heads;
+    s->q_latent = carve(c, (size_t)n * m->q_lora_rank, sizeof(float));
+    s->q8_latent = carve(c, 1, choir_acts_q8_bytes(n, m->q_lora_rank));
+    s->by_head = carve(c, heads * part, sizeof(float));
+    s->q8_by_head_bytes = (choir_acts_q8_bytes(n, part) + 63) & ~(size_t)63;
+    s->q8_by_head = carve(c, m->n_heads, s->q8_by_head_bytes);
+    s->q_wide = carve(c, heads * choir_key_dim(m), sizeof(float));
+    s->att_wide = carve(c, heads * m->kv_lora_rank, sizeof(float));
+}
+
+/* What every row's expert needs: the dense FFN, or the shared one. */
+static void carve_always(choir_engine *e, carver *c)
+{
+    step *s = &e->step;
+    const choir_model_config *m = &e->config;
+    size_t n = e->options.max_rows, ffn = max_of(m->ffn_hidden, m->shared_hidden);
+    s->always_gate = carve(c, n * ffn, sizeof(float));
+    s->always_up = carve(c, n * ffn, sizeof(float));
+    s->always_weight = carve(c, n, sizeof(float));
+    s->q8_rows = carve(c, 1, choir_acts_q8_bytes((uint32_t)n, m->hidden));
+    s->q8_always = carve(c, 1, choir_acts_q8_bytes((uint32_t)n, (uint32_t)ffn));
 }
 
 /* A step's slots by expert: each expert's area is padded, hence the rows beyond n * k. */
@@ -47,20 +83,18 @@ static void carve_slots(choir_engine *e, carver *c)
 {
     step *s = &e->step;
     const choir_model_config *m = &e->config;
-    size_t n = e->options.max_rows, n_experts = m->n_experts > 0 ? m->n_experts : 1;
-    size_t n_slots = m->n_experts > 0 ? n * m->n_experts_used : n;
-    uint32_t ffn = (uint32_t)max_of(m->ffn_hidden, m->expert_hidden);
-    uint32_t padded = (uint32_t)(n_slots + (m->n_experts > 0 ? 16 * n_experts : 0));
+    size_t n = e->options.max_rows, n_experts = m->n_experts, n_slots = n * m->n_experts_used;
+    uint32_t ffn = m->expert_hidden, padded = (uint32_t)(n_slots + 16 * n_experts);
+    s->q8_h_bytes = choir_acts_q8_bytes((uint32_t)max_of(n, padded), m->hidden) + 64 * n_experts;
+    s->q8_h = carve(c, 1, s->q8_h_bytes);
+    if (n_experts == 0) return;
     s->gate = carve(c, n_slots * ffn, sizeof(float));
     s->up = carve(c, n_slots * ffn, sizeof(float));
-    s->q8_h_bytes = choir_acts_q8_bytes(padded, m->hidden) + 64 * n_experts;
     s->q8_ffn_bytes = choir_acts_q8_bytes(padded, ffn) + 64 * n_experts;
-    s->q8_h = carve(c, 1, s->q8_h_bytes);
     s->q8_ffn = carve(c, 1, s->q8_ffn_bytes);
     s->q8_in_at = carve(c, n_experts, sizeof *s->q8_in_at);
     s->q8_ffn_at = carve(c, n_experts, sizeof *s->q8_ffn_at);
     s->pinned = carve(c, n_experts, sizeof *s->pinned);
-    if (m->n_experts == 0) return;
     s->router_logits = carve(c, n * m->n_experts, sizeof(float));
     s->slot_in = carve(c, n_slots * m->hidden, sizeof(float));
     s->slot_out = carve(c, n_slots * m->hidden, sizeof(float));
@@ -70,10 +104,9 @@ static void carve_workers(choir_engine *e, carver *c)
 {
     step *s = &e->step;
     const choir_model_config *m = &e->config;
-    size_t floats =
-        e->options.exact
-            ? m->max_positions
-            : choir_attention_scratch_floats(m->n_heads, m->head_dim, CHOIR_PAGE_TOKENS);
+    size_t floats = e->options.exact ? m->max_positions
+                                     : choir_attention_scratch_floats(m->n_heads, choir_key_dim(m),
+                                                                      choir_kv_value_dim(m));
     s->attention_scratch = carve(c, e->n_threads, sizeof *s->attention_scratch);
     s->sampler_scratch = carve(c, e->n_threads, sizeof *s->sampler_scratch);
     for (uint32_t i = 0; i < e->n_threads; i++) {
@@ -88,6 +121,8 @@ static void carve_workers(choir_engine *e, carver *c)
 static void carve_all(choir_engine *e, carver *c)
 {
     carve_rows(e, c);
+    carve_latents(e, c);
+    carve_always(e, c);
     carve_slots(e, c);
     carve_workers(e, c);
 }
@@ -118,16 +153,16 @@ choir_status choir_kv_create(choir_engine *e)
 {
     const choir_model_config *c = &e->config;
     size_t element = e->options.exact ? sizeof(float) : sizeof(uint16_t);
-    e->layer_kv_bytes = (size_t)2 * c->n_kv_heads * CHOIR_PAGE_TOKENS * c->head_dim * element;
+    size_t numbers = choir_key_dim(c) + (choir_is_latent(c) ? 0 : choir_kv_value_dim(c));
+    e->layer_kv_bytes = choir_kv_heads(c) * CHOIR_PAGE_TOKENS * numbers * element;
     e->page_bytes = e->layer_kv_bytes * c->n_layers;
     uint64_t wanted = e->options.kv_bytes / e->page_bytes;
     if (e->options.kv_bytes == 0)
         wanted = (e->options.max_rows + CHOIR_PAGE_TOKENS - 1) / CHOIR_PAGE_TOKENS;
     if (wanted == 0 || wanted > UINT32_MAX / 2)
-        return choir_fail(CHOIR_E_INVALID,
-                          "%llu bytes for KV pages, one page of %d tokens has %zu bytes",
-                          (unsigned long long)e->options.kv_bytes, CHOIR_PAGE_TOKENS,
-                          e->page_bytes);
+        return choir_fail(
+            CHOIR_E_INVALID, "%llu bytes for KV pages, one page of %d tokens has %zu bytes",
+            (unsigned long long)e->options.kv_bytes, CHOIR_PAGE_TOKENS, e->page_bytes);
     e->n_pages = (uint32_t)wanted;
     e->kv_bytes = (size_t)wanted * e->page_bytes;
     e->kv = choir_alloc_pages(CHOIR_MEM_KV, e->kv_bytes);

@@ -13,15 +13,33 @@
 
 #include <stdatomic.h>
 
-enum { HEAD_ROWS = 32, CHOIR_MAX_HEAD_DIM = 512 }; /* HEAD_ROWS: rows whose logits are held at once */
+enum { HEAD_ROWS = 32, CHOIR_MAX_HEAD_DIM = 1024 }; /* HEAD_ROWS: rows whose logits are held at once */
+
+typedef struct rope_table rope_table; /* engine/rope.c */
+
+/* A norm's weights; bias is NULL for an RMSNorm. */
+typedef struct norm {
+    float *weight, *bias; /* [n] */
+} norm;
 
 typedef struct layer {
-    float *attn_norm;          /* [hidden] */
-    choir_matrix q, k, v, out; /* [n_heads hd, hidden], [n_kv hd, hidden] x 2, [hidden, n_heads hd] */
-    float *q_bias, *k_bias, *v_bias; /* NULL or [rows of q], … */
-    float *q_norm, *k_norm;          /* NULL, [head_dim], or full width (family->qk_norm) */
-    float *ffn_norm;                 /* [hidden] */
-    choir_matrix router;             /* [n_experts, hidden], f32; rows = 0: a dense layer */
+    uint8_t flags; /* CHOIR_LAYER_ */
+    norm attn_norm, ffn_norm;           /* [hidden] */
+    float *attn_post_norm, *ffn_post_norm; /* NULL, or [hidden]: of a block's output */
+    /* [n_heads hd, hidden] (with a latent of q: [n_heads hd, q_lora]), [n_kv hd, hidden] x 2,
+     * [hidden, attended] */
+    choir_matrix q, k, v, out;
+    float *q_bias, *k_bias, *v_bias, *out_bias; /* NULL, or [rows] */
+    float *q_norm, *k_norm; /* NULL, [head_dim], or full width (config.qk_norm) */
+    float *sinks;           /* NULL, or [n_heads] */
+    /* Latent attention: hidden to the latents, their norms; per head, keys and values of the latent. */
+    choir_matrix q_a, kv_a;      /* [q_lora, hidden], [kv_lora + rope, hidden] */
+    float *q_a_norm, *kv_a_norm; /* [q_lora], [kv_lora] */
+    choir_matrix *k_b, *v_b;     /* [n_heads] of [kv_lora, nope] and [value, kv_lora] */
+    choir_matrix router;         /* [n_experts, hidden], f32; rows = 0: a dense layer */
+    float *router_bias, *router_correction; /* NULL, or [n_experts] */
+    choir_expert always; /* what every row has: the dense FFN, or the shared expert; gate.rows 0: none */
+    float *always_gate;  /* NULL, or [hidden]: the shared expert is weighed by a sigmoid of this . h */
 } layer;
 
 /* A row of the step: one token of one span. */
@@ -34,6 +52,11 @@ typedef struct attention_item {
     uint32_t span, first_row, n_queries, kv_head;
 } attention_item;
 
+/* cos and sin of a step's rows: [R, rotary / 2]. */
+typedef struct rope_rows {
+    float *cos, *sin;
+} rope_rows;
+
 typedef struct step {
     choir_span *spans;
     uint32_t n_spans, n_rows, n_outputs, n_items;
@@ -44,14 +67,21 @@ typedef struct step {
     atomic_uint next_item;    /* relaxed ticket: items are independent; results meet at a sync */
     float *x;                 /* [R, hidden] the residual stream */
     float *h;                 /* [R, hidden] normed; also the gathered output rows */
-    float *cos, *sin;         /* [R, rotary / 2] */
-    float *q, *k, *v, *att;   /* [R, heads hd], [R, kv hd] x 2, [R, heads hd] */
+    rope_rows rope, window_rope;
+    float *q, *k, *v, *att;   /* [R, heads hd], [R, keys], [R, values], [R, attended] */
+    /* Latent attention: [R, q_lora]; [heads, R, max(nope, kv_lora)]; [R, heads, key], [R, heads, kv_lora] */
+    float *q_latent, *by_head, *q_wide, *att_wide;
+    uint8_t *q8_latent, *q8_by_head;
+    size_t q8_by_head_bytes; /* of one head */
     float *router_logits;     /* [R, n_experts] */
     choir_plan *plan;
     float *slot_in;           /* [S, hidden] an expert's rows side by side (MoE) */
     float *gate, *up;         /* [S, ffn] */
     float *slot_out;          /* [S, hidden] (MoE) */
+    float *always_gate, *always_up;  /* [R, its ffn] */
+    float *always_weight;            /* [R] */
     uint8_t *q8_h, *q8_att, *q8_ffn; /* quantised rows; of slots: one area per expert */
+    uint8_t *q8_rows, *q8_always;    /* what every row's expert takes and makes */
     size_t *q8_in_at, *q8_ffn_at; /* [n_experts] where an expert's area begins in q8_h, q8_ffn */
     size_t q8_h_bytes, q8_ffn_bytes;
     const choir_expert **pinned; /* [n_experts] of the current layer; NULL without rows */
@@ -71,17 +101,17 @@ struct choir_engine {
     choir_workers *workers;
     uint32_t n_threads;
     const choir_kernels *kernels;
-    choir_gate gate;
     int32_t forced_expert;
 
     choir_matrix embedding, head;
-    float *output_norm;
-    float *inv_freq; /* [rotary / 2] */
+    norm output_norm;
+    float *head_bias; /* NULL, or [vocab] */
+    rope_table *rope, *window_rope; /* window_rope: NULL, or of layers with a window */
     layer *layers;
     choir_experts *experts; /* a dense FFN is expert 0 of its layer */
     void *weights;          /* one region for all packed dense matrices */
     size_t weight_bytes;
-    choir_arena *vectors;   /* norms, biases, gates: f32 */
+    choir_arena *vectors;   /* norms, biases, gates, tables: f32 */
 
     uint8_t *kv;
     size_t kv_bytes, page_bytes, layer_kv_bytes; /* of one layer in one page */
@@ -108,13 +138,20 @@ void choir_phase_attention(choir_engine *engine, uint32_t layer, uint32_t worker
 void choir_phase_ffn(choir_engine *engine, uint32_t layer, uint32_t worker, uint32_t n_workers);
 void choir_phase_head(choir_engine *engine, uint32_t worker, uint32_t n_workers);
 
-/* h = norm(x) for the worker's rows, quantised into q8 unless exact. */
-void choir_norm_rows(choir_engine *engine, const float *weight, float *h, uint8_t *q8,
-                     uint32_t worker, uint32_t n_workers);
-/* The residual stream gets W a: the worker's own columns. y: [n_rows, hidden] scratch. */
-void choir_multiply_into_residual(const choir_engine *engine, const choir_matrix *w,
-                                  const choir_acts *acts, float *y, float *x, uint32_t worker,
-                                  uint32_t n_workers);
+/* engine/rope.c */
+choir_status choir_rope_create(choir_engine *engine, const choir_model_file *file) CHOIR_MUST_USE;
+void choir_rope_rows(const choir_engine *engine, uint64_t begin, uint64_t end);
+
+/* out = norm(x), RMSNorm or LayerNorm; x and out: [hidden], may be the same. */
+void choir_norm_row(const choir_engine *engine, const norm *w, const float *x, float *out);
+/* h = norm(x) for the worker's rows, quantised into q8 unless exact or NULL. */
+void choir_norm_rows(choir_engine *engine, const norm *w, float *h, uint8_t *q8, uint32_t worker,
+                     uint32_t n_workers);
+/* x += residual_scale * post_norm(W a + bias): bias and post_norm may be NULL. y: [n_rows, hidden]
+ * scratch. Ends with a meeting. */
+void choir_multiply_into_residual(choir_engine *engine, const choir_matrix *w, const float *bias,
+                                  const float *post_norm, const choir_acts *acts, float *y,
+                                  uint32_t worker, uint32_t n_workers);
 /* One worker's share of several products of the same activations. */
 typedef struct product {
     const choir_matrix *matrix;

@@ -1,5 +1,6 @@
-/* The path of a token, read aloud. Every worker runs this together; each phase does the worker's share
- * and ends with a meeting (choir_workers_sync), so that the next phase finds everything in place.
+/* The path of a token, read aloud. Every worker runs this together; each phase does the worker's
+ * share and ends with a meeting (choir_workers_sync), so that the next phase finds everything in
+ * place.
  *
  *   x = embed(token)
  *   for each layer:
@@ -9,22 +10,19 @@
  */
 #include "engine/state.h"
 
-#include <math.h>
-
 static void embed(choir_engine *e, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
-    uint32_t half = e->config.rope.rotary_dims / 2;
+    uint32_t hidden = e->config.hidden;
+    float scale = e->config.embedding_scale;
     for (uint64_t i = begin; i < end; i++) {
-        choir_matrix_row(&e->embedding, s->rows[i].token, s->x + i * e->config.hidden);
-        for (uint32_t d = 0; d < half; d++) {
-            float angle = (float)s->rows[i].position * e->inv_freq[d];
-            s->cos[i * half + d] = cosf(angle);
-            s->sin[i * half + d] = sinf(angle);
-        }
+        float *x = s->x + i * hidden;
+        choir_matrix_row(&e->embedding, s->rows[i].token, x);
+        for (uint32_t d = 0; scale != 1 && d < hidden; d++) x[d] *= scale;
     }
+    choir_rope_rows(e, begin, end);
     choir_workers_sync(e->workers);
 }
 
@@ -74,7 +72,7 @@ static void add_attention_items(choir_engine *e, uint32_t span_index)
     for (uint32_t at = 0; at < span->n_tokens; at += CHOIR_ATTENTION_QUERIES) {
         uint32_t left = span->n_tokens - at;
         uint32_t n = left < CHOIR_ATTENTION_QUERIES ? left : CHOIR_ATTENTION_QUERIES;
-        for (uint32_t head = 0; head < e->config.n_kv_heads; head++)
+        for (uint32_t head = 0; head < choir_kv_heads(&e->config); head++)
             s->items[s->n_items++] =
                 (attention_item){span_index, s->first_row[span_index] + at, n, head};
     }

@@ -12,6 +12,7 @@ typedef struct choir_experts choir_experts;
 
 typedef struct choir_expert {
     choir_matrix gate, up, down; /* [ffn, hidden], [ffn, hidden], [hidden, ffn] */
+    const float *gate_bias, *up_bias, *down_bias; /* NULL, or [ffn], [ffn], [hidden]; the caller's */
 } choir_expert;
 
 choir_status choir_experts_create(uint32_t n_layers, uint32_t n_experts, choir_experts **out)
@@ -19,7 +20,7 @@ choir_status choir_experts_create(uint32_t n_layers, uint32_t n_experts, choir_e
 void choir_experts_destroy(choir_experts *store);
 
 /* Reserves a layer's experts, each one run of bytes behind the other, from their planned matrices
- * (choir_matrix_plan; EXACT views need no bytes), and sets the matrices' data in place; the caller then
+ * (choir_matrix_plan; views, which have data already, need no bytes), and sets the matrices' data in place; the caller then
  * packs into them. experts: [n_experts]. */
 choir_status choir_experts_reserve(choir_experts *store, uint32_t layer, choir_expert *experts)
     CHOIR_MUST_USE;

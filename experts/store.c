@@ -62,7 +62,7 @@ static size_t run_bytes(const choir_expert *expert)
     const choir_matrix *parts[] = {&expert->gate, &expert->up, &expert->down};
     size_t total = 0;
     for (int i = 0; i < 3; i++)
-        if (parts[i]->layout != CHOIR_LAYOUT_EXACT) total += round_up_64(parts[i]->bytes);
+        if (parts[i]->data == NULL) total += round_up_64(parts[i]->bytes);
     return total;
 }
 
@@ -70,7 +70,7 @@ static char *place_run(choir_expert *expert, char *at)
 {
     choir_matrix *parts[] = {&expert->gate, &expert->up, &expert->down};
     for (int i = 0; i < 3; i++) {
-        if (parts[i]->layout == CHOIR_LAYOUT_EXACT) continue;
+        if (parts[i]->data != NULL) continue;
         parts[i]->data = at;
         at += round_up_64(parts[i]->bytes);
     }

@@ -12,12 +12,24 @@ typedef enum choir_gate_kind {
     CHOIR_GATE_SOFTMAX_TOPK, /* softmax over all experts, then the k best (optionally renormalised) */
     CHOIR_GATE_TOPK_SOFTMAX, /* the k best logits, then softmax over those (equal to the above with
                                 renormalisation, up to rounding) */
+    CHOIR_GATE_SIGMOID,      /* a sigmoid of each logit, then the k best (DeepSeek-AI 2024, Llama 4) */
+    CHOIR_GATE_SPARSE_MIXER, /* one expert after the other, each weighed by a softmax over those whose
+                                logits are close to its own (Liu et al. 2023, Phi-3.5-MoE) */
 } choir_gate_kind;
+
+enum { CHOIR_MAX_EXPERT_GROUPS = 256 };
 
 typedef struct choir_gate {
     choir_gate_kind kind;
     uint32_t n_experts, k;
-    bool normalise; /* SOFTMAX_TOPK: the k weights are divided by their sum */
+    /* Experts lie in n_groups equal groups, and only those of the n_groups_used best may be chosen; a
+     * group is as good as its best expert, or as its two best together. 0 or 1: no groups. */
+    uint32_t n_groups, n_groups_used;
+    bool group_by_two;
+    bool normalise;      /* the k weights are divided by their sum … */
+    float normalise_min; /* … or by this, if the sum is less */
+    float scale;         /* of the weights; 0 counts as 1 */
+    float jitter;        /* SPARSE_MIXER: how close, as a part of the best logit, halved */
 } choir_gate;
 
 /* Slots: the (row, rank) pairs sorted by expert, then by row: what the experts compute. */
@@ -34,9 +46,10 @@ choir_status choir_plan_create(uint32_t max_rows, uint32_t n_experts, uint32_t k
     CHOIR_MUST_USE;
 void choir_plan_destroy(choir_plan *plan);
 
-/* Experts and weights of rows [begin, end) from logits [n_rows, n_experts]; workers take disjoint rows. */
-void choir_router_route(const choir_gate *gate, const float *logits, uint32_t begin, uint32_t end,
-                        choir_plan *plan);
+/* Experts and weights of rows [begin, end) from logits [n_rows, n_experts], which are spent; workers take
+ * disjoint rows. correction: NULL, or [n_experts] added to the scores for the choice alone. */
+void choir_router_route(const choir_gate *gate, float *logits, const float *correction, uint32_t begin,
+                        uint32_t end, choir_plan *plan);
 /* The same, but every row goes to one expert with weight 1 (its other ranks have weight 0). */
 void choir_router_force(uint32_t expert, uint32_t begin, uint32_t end, choir_plan *plan);
 /* Fills the slots once all rows are routed; one worker. */

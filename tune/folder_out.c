@@ -176,7 +176,7 @@ static choir_status write_folder(output *o)
 choir_status choir_tune_write_folder(const choir_tune_moe *moe, const choir_tune_folder *folder)
 {
     if (choir_model_file_gguf(moe->base) != NULL &&
-        choir_model_file_has(moe->base, CHOIR_ROLE_ROPE_FACTORS, 0))
+        choir_role_in_layer(moe->config, CHOIR_ROLE_ROPE_FACTORS, 0))
         return choir_fail(
             CHOIR_E_UNIMPLEMENTED,
             "%s has rope factors in a tensor, which config.json cannot say; name a .gguf "

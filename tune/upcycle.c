@@ -95,6 +95,20 @@ static choir_status check_options(job *j)
     return check_dtype(j);
 }
 
+/* Llama's attention and residual stream, without anything that Mixtral cannot say. */
+static bool is_plain(const choir_model_config *c)
+{
+    for (uint32_t l = 0; l < c->n_layers; l++)
+        if ((c->layers[l] & ~CHOIR_LAYER_WINDOW) != 0) return false;
+    bool plain_rope = c->rope.scaling == CHOIR_ROPE_NONE || c->rope.scaling == CHOIR_ROPE_LINEAR ||
+                      c->rope.scaling == CHOIR_ROPE_LLAMA3;
+    return (c->roles & ~CHOIR_ROLE_BIT(ROPE_FACTORS)) == 0 && plain_rope && !choir_is_latent(c) &&
+           c->activation == CHOIR_SWIGLU && !c->layer_norm && c->qk_norm == CHOIR_QK_NORM_NONE &&
+           c->embedding_scale == 1 && c->residual_scale == 1 && c->logit_divisor == 1 &&
+           c->logit_softcap == 0 && c->attention_softcap == 0 && c->window_rope.theta == 0 &&
+           fabsf(c->attention_scale * sqrtf((float)c->head_dim) - 1) < 1e-6F;
+}
+
 /* The mixture is written as Mixtral, so the base must be what Mixtral's other parts are. */
 static choir_status check_base(const choir_model_file *base)
 {
@@ -104,10 +118,10 @@ static choir_status check_base(const choir_model_file *base)
                           "%s is a mixture of %u experts already; the base must be "
                           "dense",
                           choir_model_file_path(base), c->n_experts);
-    if (c->family->attention_bias || c->family->qk_norm != CHOIR_QK_NORM_NONE)
+    if (!is_plain(c))
         return choir_fail(
             CHOIR_E_UNIMPLEMENTED,
-            "%s is of the family %s, whose attention Mixtral has not; bases are llama "
+            "%s is of the family %s, which Mixtral cannot express; bases are llama "
             "and mistral",
             choir_model_file_path(base), c->family->name);
     if (c->rope.rotary_dims != c->head_dim)

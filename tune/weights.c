@@ -96,8 +96,9 @@ static choir_status add_tensor(planner *p, choir_tune_tensor t, const choir_tens
         t.as_it_lies = true;
         t.dtype = base->dtype;
     }
-    expand(choir_family_pattern(&choir_family_mixtral, t.role, p->gguf), t.layer, t.first_expert,
-           t.name, sizeof t.name);
+    const choir_family *mixtral = choir_family_of_model_type("mixtral");
+    expand(choir_family_place(mixtral, t.role, p->gguf, 0)->name, t.layer, t.first_expert, t.name,
+           sizeof t.name);
     if (t.cols % choir_dtype_block_elements(t.dtype) != 0)
         return choir_fail(CHOIR_E_INVALID, "tensor '%s' has rows of %u, which %s cuts into %u",
                           t.name, t.cols, choir_dtype_text(t.dtype),
@@ -165,7 +166,7 @@ choir_status choir_tune_plan_make(const choir_tune_moe *moe, choir_dtype dtype, 
     *out = (choir_tune_plan){0};
     choir_status status;
     CHOIR_TRY_TO(fail, status, add_from_base(&p, CHOIR_ROLE_EMBEDDING, 0, false));
-    if (gguf && choir_model_file_has(moe->base, CHOIR_ROLE_ROPE_FACTORS, 0))
+    if (gguf && choir_role_in_layer(moe->config, CHOIR_ROLE_ROPE_FACTORS, 0))
         CHOIR_TRY_TO(fail, status, add_from_base(&p, CHOIR_ROLE_ROPE_FACTORS, 0, true));
     for (uint32_t l = 0; l < moe->config->n_layers; l++)
         CHOIR_TRY_TO(fail, status, add_layer(&p, l));

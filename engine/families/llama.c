@@ -3,7 +3,7 @@
 
 const choir_family choir_family_llama = {
     .name = "llama",
-    .model_type = "llama",
-    .architecture = "llama",
+    .model_types = {"llama"},
+    .architectures = {"llama"},
     .gguf_interleaved_rope = true,
 };

@@ -3,7 +3,8 @@
 
 const choir_family choir_family_mistral = {
     .name = "mistral",
-    .model_type = "mistral",
-    .architecture = "mistral",
+    .model_types = {"mistral"},
+    .architectures = {"mistral"},
+    .windows = CHOIR_WINDOW_ALL,
     .gguf_interleaved_rope = true,
 };

@@ -1,15 +1,16 @@
-/* OLMoE: softmax over all experts, norms over the full width of q and k (Muennighoff et al. 2024). */
+/* OLMoE: softmax over all experts, norms over the full width of q and k (Muennighoff et al. 2024).
+ */
 #include "engine/families/families.h"
+
+static const choir_key keys[] = {
+    CHOIR_COUNT("intermediate_size", "feed_forward_length", expert_hidden), {0}};
 
 const choir_family choir_family_olmoe = {
     .name = "olmoe",
-    .model_type = "olmoe",
-    .architecture = "olmoe",
-    .gate = CHOIR_GATE_SOFTMAX_TOPK,
-    .qk_norm = CHOIR_QK_NORM_FULL,
+    .model_types = {"olmoe"},
+    .architectures = {"olmoe"},
     .moe = true,
-    .hf_router = "model.layers.%l.mlp.gate.weight",
-    .hf_expert_gate = "model.layers.%l.mlp.experts.%e.gate_proj.weight",
-    .hf_expert_up = "model.layers.%l.mlp.experts.%e.up_proj.weight",
-    .hf_expert_down = "model.layers.%l.mlp.experts.%e.down_proj.weight",
+    .properties = {.qk_norm = CHOIR_QK_NORM_FULL,
+                   .roles = CHOIR_ROLE_BIT(ATTN_Q_NORM) | CHOIR_ROLE_BIT(ATTN_K_NORM)},
+    .keys = keys,
 };

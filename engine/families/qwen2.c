@@ -3,7 +3,7 @@
 
 const choir_family choir_family_qwen2 = {
     .name = "qwen2",
-    .model_type = "qwen2",
-    .architecture = "qwen2",
-    .attention_bias = true,
+    .model_types = {"qwen2"},
+    .architectures = {"qwen2"},
+    .properties = {.roles = CHOIR_BIASES_QKV},
 };

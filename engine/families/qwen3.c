@@ -3,7 +3,8 @@
 
 const choir_family choir_family_qwen3 = {
     .name = "qwen3",
-    .model_type = "qwen3",
-    .architecture = "qwen3",
-    .qk_norm = CHOIR_QK_NORM_HEAD,
+    .model_types = {"qwen3"},
+    .architectures = {"qwen3"},
+    .properties = {.qk_norm = CHOIR_QK_NORM_HEAD,
+                   .roles = CHOIR_ROLE_BIT(ATTN_Q_NORM) | CHOIR_ROLE_BIT(ATTN_K_NORM)},
 };

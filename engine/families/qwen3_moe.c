@@ -3,14 +3,10 @@
 
 const choir_family choir_family_qwen3_moe = {
     .name = "qwen3_moe",
-    .model_type = "qwen3_moe",
-    .architecture = "qwen3moe",
-    .gate = CHOIR_GATE_SOFTMAX_TOPK,
-    .normalise_topk = true,
-    .qk_norm = CHOIR_QK_NORM_HEAD,
+    .model_types = {"qwen3_moe"},
+    .architectures = {"qwen3moe"},
     .moe = true,
-    .hf_router = "model.layers.%l.mlp.gate.weight",
-    .hf_expert_gate = "model.layers.%l.mlp.experts.%e.gate_proj.weight",
-    .hf_expert_up = "model.layers.%l.mlp.experts.%e.up_proj.weight",
-    .hf_expert_down = "model.layers.%l.mlp.experts.%e.down_proj.weight",
+    .properties = {.qk_norm = CHOIR_QK_NORM_HEAD,
+                   .gate = {.normalise = true},
+                   .roles = CHOIR_ROLE_BIT(ATTN_Q_NORM) | CHOIR_ROLE_BIT(ATTN_K_NORM)},
 };

@@ -68,11 +68,11 @@ bool choir_cpu_level_parse(const char *text, choir_cpu_level *out)
 
 /* One chunk of K (transposed) and V as f32, the scores of a few rows, and the running sums of all
  * rows that are worked on together. */
-size_t choir_attention_scratch_floats(uint32_t n_heads, uint32_t head_dim, uint32_t page_tokens)
+size_t choir_attention_scratch_floats(uint32_t n_heads, uint32_t key_dim, uint32_t value_dim)
 {
-    (void)page_tokens;
     size_t heads = n_heads < HEAD_GROUP ? n_heads : HEAD_GROUP;
     size_t rows = heads * CHOIR_ATTENTION_QUERIES,
-           dims = ((size_t)head_dim + LANES - 1) / LANES * LANES;
-    return 2 * KEY_CHUNK * dims + KEY_CHUNK * LANES + rows * (dims + 2);
+           keys = ((size_t)key_dim + LANES - 1) / LANES * LANES,
+           values = ((size_t)value_dim + LANES - 1) / LANES * LANES;
+    return KEY_CHUNK * (keys + values) + KEY_CHUNK * LANES + rows * (values + 2);
 }

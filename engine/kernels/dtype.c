@@ -99,6 +99,21 @@ static void decode_q6_k(const uint8_t *p, uint32_t j, block_codes *out)
     out->zero = 32;
 }
 
+/* Half of 2^(e - 127), since the table holds doubled values; exponents 0 and 1 give subnormals. */
+static float half_of_e8m0(uint8_t e)
+{
+    return bits_to_f32(e < 2 ? 0x00200000U << e : (uint32_t)(e - 1) << 23);
+}
+
+/* FP4's values, doubled: 0 0.5 1 1.5 2 3 4 6 and their negatives (OCP Microscaling Formats 2023). */
+static void decode_mxfp4(const uint8_t *p, block_codes *out)
+{
+    static const int8_t values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    split_nibbles(p + 1, out->code);
+    for (int i = 0; i < BLOCK; i++) out->code[i] = (uint8_t)(128 + values[out->code[i]]);
+    set_scale(out, half_of_e8m0(p[0]), 0, 128);
+}
+
 void choir_decode_block(choir_dtype dtype, const uint8_t *row, uint32_t block, block_codes *out)
 {
     uint32_t per_block = types[dtype].elements / BLOCK, j = block % per_block;
@@ -137,6 +152,9 @@ void choir_decode_block(choir_dtype dtype, const uint8_t *row, uint32_t block, b
         break;
     case CHOIR_Q6_K:
         decode_q6_k(p, j, out);
+        break;
+    case CHOIR_MXFP4:
+        decode_mxfp4(p, out);
         break;
     default:
         CHOIR_ASSERT(!"a type without blocks");
@@ -181,4 +199,9 @@ void choir_tensor_row(const choir_tensor *tensor, uint32_t row, float *out)
     const uint8_t *at =
         (const uint8_t *)tensor->data + row * choir_dtype_row_bytes(tensor->dtype, tensor->cols);
     choir_dequantize(tensor->dtype, at, 0, tensor->cols, out);
+}
+
+void choir_tensor_part(const choir_tensor *tensor, uint32_t begin, uint32_t end, float *out)
+{
+    choir_dequantize(tensor->dtype, tensor->data, begin, end, out);
 }

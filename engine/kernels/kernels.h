@@ -21,7 +21,8 @@
     X(Q5_1, "Q5_1", 7, 32, 24)                                                                     \
     X(Q4_K, "Q4_K", 12, 256, 144)                                                                  \
     X(Q5_K, "Q5_K", 13, 256, 176)                                                                  \
-    X(Q6_K, "Q6_K", 14, 256, 210)
+    X(Q6_K, "Q6_K", 14, 256, 210)                                                                  \
+    X(MXFP4, "MXFP4", 39, 32, 17)
 
 typedef enum choir_dtype {
 #define X(name, text, id, elements, bytes) CHOIR_##name,
@@ -48,6 +49,8 @@ typedef struct choir_tensor {
 
 /* Dequantises elements [0, tensor->cols) of one row. Bit for bit what gguf-py's dequantize gives. */
 void choir_tensor_row(const choir_tensor *tensor, uint32_t row, float *out);
+/* Elements [begin, end) of the first row, both multiples of the type's block or of 32. */
+void choir_tensor_part(const choir_tensor *tensor, uint32_t begin, uint32_t end, float *out);
 
 /* A weight in the kernels' layout. CHOIR_LAYOUT_EXACT is a tensor as it lies: f32 activations, f32
  * accumulation over dequantised weights. The others are made once by choir_matrix_pack(). */
@@ -91,21 +94,34 @@ typedef struct choir_acts {
 size_t choir_acts_q8_bytes(uint32_t n_rows, uint32_t cols);
 
 /* One (sequence, kv head, block of query tokens). K and V of a layer in one page lie as f16
- * K[n_kv_heads][page_tokens][head_dim] then V likewise, at kv + pages[i] * page_stride. */
+ * K[n_kv_heads][page_tokens][key_dim] then V[n_kv_heads][page_tokens][value_dim], at
+ * kv + pages[i] * page_stride. Latent attention (DeepSeek-AI 2024) has K alone: a value is the first
+ * value_dim of its key. */
 typedef struct choir_attention_block {
-    const float *q; /* [n_queries, n_heads, head_dim] of consecutive positions */
-    float *out;     /* same shape; may not alias q */
+    const float *q; /* [n_queries, n_heads, key_dim] of consecutive positions */
+    float *out;     /* [n_queries, n_heads, value_dim]; may not alias q */
     uint32_t n_queries, position; /* of the first query; query i sees keys 0 .. position + i */
-    uint32_t n_heads, n_kv_heads, kv_head, head_dim, page_tokens;
+    uint32_t n_heads, n_kv_heads, kv_head, key_dim, value_dim, page_tokens;
+    bool latent;
     uint32_t window; /* 0: all keys; else only the last `window` keys, the query's own included */
+    uint32_t chunk;  /* 0, or only keys of the query's own chunk of so many positions (Llama 4) */
     float scale;
+    float softcap;      /* 0, or scores s become softcap * tanh(s / softcap) (Gemma 2) */
+    const float *sinks; /* NULL, or [n_heads]: a score that takes weight and has no value (gpt-oss) */
     const uint32_t *pages;
     const uint8_t *kv; /* base of this layer in page 0 */
     size_t page_stride;
     float *scratch; /* choir_attention_scratch_floats() floats, 64-aligned, this worker's own */
 } choir_attention_block;
 enum { CHOIR_ATTENTION_QUERIES = 16 }; /* query tokens per block; fixed so that cuts never matter */
-size_t choir_attention_scratch_floats(uint32_t n_heads, uint32_t head_dim, uint32_t page_tokens);
+size_t choir_attention_scratch_floats(uint32_t n_heads, uint32_t key_dim, uint32_t value_dim);
+/* The first key that the query at `position` sees under a window and chunks (0: none). */
+static inline uint32_t choir_first_key(uint32_t position, uint32_t window, uint32_t chunk)
+{
+    uint32_t first = window != 0 && position >= window ? position - window + 1 : 0;
+    uint32_t start = chunk != 0 ? position - position % chunk : 0;
+    return first > start ? first : start;
+}
 
 typedef enum choir_cpu_level {
     CHOIR_CPU_REFERENCE,
@@ -131,6 +147,12 @@ typedef struct choir_kernels {
     void (*rope)(float *x, uint32_t rotary_dims, bool interleaved, const float *cos,
                  const float *sin);
     void (*silu_mul)(const float *gate, const float *up, uint32_t n, float *out); /* SwiGLU */
+    /* GeGLU with gelu's tanh form (Hendrycks, Gimpel 2016; Shazeer 2020) */
+    void (*gelu_mul)(const float *gate, const float *up, uint32_t n, float *out);
+    /* gpt-oss: g = min(gate, limit), u = up within +-limit; out = (u + 1) g sigmoid(alpha g) */
+    void (*clamped_swiglu)(const float *gate, const float *up, float alpha, float limit, uint32_t n,
+                           float *out);
+    void (*softcap)(float *x, float cap, uint32_t n); /* x = cap tanh(x / cap) */
     void (*add)(float *x, const float *y, uint32_t n);                            /* x += y */
     void (*add_scaled)(float *x, const float *y, float scale, uint32_t n);        /* x += scale y */
     void (*f32_to_f16)(const float *x, uint32_t n, uint16_t *out);

@@ -18,6 +18,7 @@ static const struct {
     [CHOIR_Q4_K] = {CHOIR_LAYOUT_W4, FLAG_MIN | FLAG_F32},
     [CHOIR_Q5_K] = {CHOIR_LAYOUT_W8, FLAG_MIN | FLAG_F32},
     [CHOIR_Q6_K] = {CHOIR_LAYOUT_W8, FLAG_F32 | FLAG_HALVES | 5 << ZERO_SHIFT},
+    [CHOIR_MXFP4] = {CHOIR_LAYOUT_W8, FLAG_F32 | FLAG_HALVES | 7 << ZERO_SHIFT},
 };
 
 static bool is_quantised(choir_layout layout)

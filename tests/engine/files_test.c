@@ -234,8 +234,15 @@ static void test_configurations(void **state)
     assert_int_equal(open_changed("hidden_act", json_string("gelu")), CHOIR_E_UNIMPLEMENTED);
     assert_int_equal(open_changed("model_type", json_string("lama")), CHOIR_E_UNIMPLEMENTED);
     assert_non_null(strstr(choir_error_message(), "llama"));
-    assert_int_equal(open_changed("rope_parameters", json_pack("{s:s}", "rope_type", "yarn")),
+    assert_int_equal(open_changed("rope_parameters", json_pack("{s:s}", "rope_type", "spiral")),
                      CHOIR_E_UNIMPLEMENTED);
+    assert_int_equal(open_changed("rope_parameters", json_pack("{s:s, s:f}", "rope_type", "yarn", "factor",
+                                                               0.5)), CHOIR_E_FORMAT);
+    assert_int_equal(open_changed("attention_bias", json_true()), CHOIR_E_NOT_FOUND);
+    assert_non_null(strstr(choir_error_message(), "q_proj.bias"));
+    assert_int_equal(open_changed("tie_word_embeddings", json_true()), CHOIR_OK);
+    assert_int_equal(open_changed("num_hidden_layers", json_integer(2)), CHOIR_E_UNIMPLEMENTED);
+    assert_non_null(strstr(choir_error_message(), "no place"));
     assert_int_equal(open_changed("model_type", NULL), CHOIR_E_FORMAT);
     assert_int_equal(open_changed("rms_norm_eps", json_real(1e300)), CHOIR_E_FORMAT);
     assert_int_equal(

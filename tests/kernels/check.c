@@ -107,12 +107,16 @@ static uint16_t small_half(void)
     return (uint16_t)(check_below(2) << 15 | (5 + check_below(4)) << 10 | check_below(1024));
 }
 
-/* Where a block keeps its f16 scales; all other bytes may be anything. */
+/* Where a block keeps its f16 scales, or its exponent; all other bytes may be anything. */
 static void put_block_scales(choir_dtype dtype, uint8_t *block)
 {
     bool two =
         dtype == CHOIR_Q4_1 || dtype == CHOIR_Q5_1 || dtype == CHOIR_Q4_K || dtype == CHOIR_Q5_K;
     uint16_t half[2] = {small_half(), small_half()};
+    if (dtype == CHOIR_MXFP4) {
+        block[0] = (uint8_t)(120 + check_below(8));
+        return;
+    }
     memcpy(block + (dtype == CHOIR_Q6_K ? 208 : 0), half, two ? 4 : 2);
 }
 

@@ -108,7 +108,7 @@ static void bench_attention(const choir_kernels *k, uint32_t position, uint32_t 
     float *q = malloc(2 * (size_t)n_queries * HEADS * DIM * sizeof *q);
     float *out = q + (size_t)n_queries * HEADS * DIM;
     float *scratch =
-        aligned_alloc(64, (choir_attention_scratch_floats(HEADS, DIM, PAGE) * 4 + 63) / 64 * 64);
+        aligned_alloc(64, (choir_attention_scratch_floats(HEADS, DIM, DIM) * 4 + 63) / 64 * 64);
     CHOIR_ASSERT(pages != NULL && kv != NULL && q != NULL && scratch != NULL);
     check_floats(q, (size_t)n_queries * HEADS * DIM);
     for (uint32_t i = 0; i < n_pages; i++) pages[i] = i;
@@ -118,7 +118,8 @@ static void bench_attention(const choir_kernels *k, uint32_t position, uint32_t 
                                .position = position,
                                .n_heads = HEADS,
                                .n_kv_heads = KV_HEADS,
-                               .head_dim = DIM,
+                               .key_dim = DIM,
+                               .value_dim = DIM,
                                .page_tokens = PAGE,
                                .scale = 0.125F,
                                .pages = pages,

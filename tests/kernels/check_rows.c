@@ -43,6 +43,9 @@ static void check_length(const row_case *c)
     COMPARE("rms_norm in place, no weight", t->rms_norm(out, NULL, 1e-6F, c->n, out));
     COMPARE("silu_mul", t->silu_mul(c->x, c->y, c->n, out));
     COMPARE("silu_mul in place", t->silu_mul(out, c->y, c->n, out));
+    COMPARE("gelu_mul", t->gelu_mul(c->x, c->y, c->n, out));
+    COMPARE("clamped_swiglu", t->clamped_swiglu(c->x, c->y, 1.702F, 0.5F, c->n, out));
+    COMPARE("softcap", t->softcap(out, 0.8F, c->n));
     COMPARE("add", t->add(out, c->y, c->n));
     COMPARE("add_scaled", t->add_scaled(out, c->y, 0.37F, c->n));
     COMPARE("f32_to_f16", t->f32_to_f16(c->x, c->n, (uint16_t *)out));
@@ -85,6 +88,9 @@ static void check_extremes(const choir_kernels *ref, const choir_kernels *k)
     }
     const row_case all = {ref, k, x, y, N}, *c = &all;
     COMPARE("silu_mul, extremes", t->silu_mul(c->x, c->y, c->n, out));
+    COMPARE("gelu_mul, extremes", t->gelu_mul(c->x, c->y, c->n, out));
+    COMPARE("clamped_swiglu, extremes", t->clamped_swiglu(c->x, c->y, 1.702F, 7, c->n, out));
+    COMPARE("softcap, extremes", t->softcap(out, 30, c->n));
     COMPARE("f32_to_f16, extremes", t->f32_to_f16(c->x, c->n, (uint16_t *)out));
     COMPARE(
         "sum_exp, extremes", do {
@@ -103,8 +109,27 @@ static void check_extremes(const choir_kernels *ref, const choir_kernels *k)
     check_true("silu keeps Inf and NaN", isinf(x[3]) && isnan(x[70]));
 }
 
+/* The formulas themselves, in double: what the reference is held to. */
+static void check_formulas(const choir_kernels *k)
+{
+    for (int i = -60; i <= 60; i++) {
+        float x = (float)i * 0.25F, up = 0.5F - (float)i, gelu, swiglu, capped = x;
+        double g = x, u = up, clamped = fmin(g, 7), wide = fmax(-7, fmin(u, 7));
+        k->gelu_mul(&x, &up, 1, &gelu);
+        k->clamped_swiglu(&x, &up, 1.702F, 7, 1, &swiglu);
+        k->softcap(&capped, 3, 1);
+        double expected = 0.5 * g * (1 + tanh(sqrt(2 / M_PI) * (g + 0.044715 * g * g * g))) * u;
+        check_true("gelu by its formula", fabs(gelu - expected) <= 1e-5 * (1 + fabs(expected)));
+        expected = (wide + 1) * clamped / (1 + exp(-1.702 * clamped));
+        check_true("clamped_swiglu by its formula",
+                   fabs(swiglu - expected) <= 1e-6 * (1 + fabs(expected)));
+        check_true("softcap by its formula", fabs(capped - 3 * tanh(g / 3)) <= 1e-6);
+    }
+}
+
 void check_rows(const choir_kernels *ref, const choir_kernels *k)
 {
+    check_formulas(ref);
     enum { MAX = 4099 + 1 };
     float *x = malloc(2 * MAX * sizeof *x), *y = x + MAX;
     CHOIR_ASSERT(x != NULL);

@@ -11,7 +11,7 @@
 static void test_table(void **state)
 {
     (void)state;
-    static const uint32_t ids[] = {0, 1, 30, 8, 2, 3, 6, 7, 12, 13, 14};
+    static const uint32_t ids[] = {0, 1, 30, 8, 2, 3, 6, 7, 12, 13, 14, 39};
     for (uint32_t i = 0; i < CHOIR_N_DTYPES; i++) {
         choir_dtype dtype;
         assert_true(choir_dtype_from_gguf(ids[i], &dtype));

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 BLOCKS = {"F32": 8, "F16": 64, "BF16": 64, "Q8_0": 6, "Q4_0": 6, "Q4_1": 6, "Q5_0": 6, "Q5_1": 6,
-          "Q4_K": 3, "Q5_K": 3, "Q6_K": 3}
+          "Q4_K": 3, "Q5_K": 3, "Q6_K": 3, "MXFP4": 6}
 # Offsets of the f16 scales in a block.
 SCALES = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2],
           "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}

@@ -37,9 +37,26 @@ enum {
 /* A block whose largest |x| is below this is taken as zeros, so that CODE_MAX / max stays finite.
  */
 #define QUANT_MIN 0x1p-100F
+/* gelu(x) = x sigmoid(x (GELU_A + GELU_B x^2)): 2 sqrt(2 / pi), and that times 0.044715 */
+#define GELU_A 0x1.988454p+0F
+#define GELU_B 0x1.2444f2p-4F
 
 void choir_reference_attention(const choir_attention_block *block);
 float choir_reference_exp2(float x);
+float choir_reference_tanh(float x);
+
+/* Where the block's kv head has a token's key and value in a page, in elements. */
+static inline size_t choir_key_offset(const choir_attention_block *b, uint32_t token)
+{
+    return ((size_t)b->kv_head * b->page_tokens + token) * b->key_dim;
+}
+
+static inline size_t choir_value_offset(const choir_attention_block *b, uint32_t token)
+{
+    if (b->latent) return choir_key_offset(b, token);
+    size_t keys = (size_t)b->n_kv_heads * b->page_tokens * b->key_dim;
+    return keys + ((size_t)b->kv_head * b->page_tokens + token) * b->value_dim;
+}
 
 extern const choir_kernels choir_kernels_reference;
 #ifdef __x86_64__

@@ -230,6 +230,36 @@ static void silu_mul(const float *gate, const float *up, uint32_t n, float *out)
     for (uint32_t i = 0; i < n; i++) out[i] = gate[i] / (1.0F + exp_e(-gate[i])) * up[i];
 }
 
+static void gelu_mul(const float *gate, const float *up, uint32_t n, float *out)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        float g = gate[i], u = g * fmaf(g * g, GELU_B, GELU_A);
+        out[i] = g / (1.0F + exp_e(-u)) * up[i];
+    }
+}
+
+static void clamped_swiglu(const float *gate, const float *up, float alpha, float limit, uint32_t n,
+                           float *out)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        float g = limit < gate[i] ? limit : gate[i], u = -limit > up[i] ? -limit : up[i];
+        if (limit < u) u = limit;
+        out[i] = g / (1.0F + exp_e(-(alpha * g))) * (u + 1.0F);
+    }
+}
+
+/* 1 - 2 / (1 + e^2x) */
+float choir_reference_tanh(float x)
+{
+    return 1.0F - 2.0F / (1.0F + exp_e(2.0F * x));
+}
+
+static void softcap(float *x, float cap, uint32_t n)
+{
+    float inverse = 1.0F / cap;
+    for (uint32_t i = 0; i < n; i++) x[i] = cap * choir_reference_tanh(x[i] * inverse);
+}
+
 static void add(float *x, const float *y, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) x[i] += y[i];
@@ -270,6 +300,9 @@ const choir_kernels choir_kernels_reference = {
     .rms_norm = rms_norm,
     .rope = rope,
     .silu_mul = silu_mul,
+    .gelu_mul = gelu_mul,
+    .clamped_swiglu = clamped_swiglu,
+    .softcap = softcap,
     .add = add,
     .add_scaled = add_scaled,
     .f32_to_f16 = f32_to_f16_row,

@@ -7,24 +7,29 @@
 
 typedef struct running {
     float max, sum;
-    float *out; /* [head_dim], unnormalised */
+    float *out; /* [value_dim], unnormalised */
 } running;
 
-/* part 0 is K, part 1 V */
-static const uint8_t *key_at(const choir_attention_block *b, uint32_t part, uint32_t key)
+static const uint8_t *key_at(const choir_attention_block *b, uint32_t key)
 {
-    size_t in_page = ((size_t)part * b->n_kv_heads + b->kv_head) * b->page_tokens;
     return b->kv + b->pages[key / b->page_tokens] * b->page_stride +
-           (in_page + key % b->page_tokens) * b->head_dim * 2;
+           choir_key_offset(b, key % b->page_tokens) * 2;
+}
+
+static const uint8_t *value_at(const choir_attention_block *b, uint32_t key)
+{
+    return b->kv + b->pages[key / b->page_tokens] * b->page_stride +
+           choir_value_offset(b, key % b->page_tokens) * 2;
 }
 
 static float score(const choir_attention_block *b, const float *q, uint32_t key)
 {
-    const uint8_t *k = key_at(b, 0, key);
+    const uint8_t *k = key_at(b, key);
     float sum = 0;
-    for (uint32_t d = 0; d < b->head_dim; d++)
+    for (uint32_t d = 0; d < b->key_dim; d++)
         sum = fmaf(q[d], f16_to_f32(load_u16(k + d * 2)), sum);
-    return sum * (b->scale * LOG2E_HIGH);
+    if (b->softcap == 0) return sum * (b->scale * LOG2E_HIGH);
+    return b->softcap * LOG2E_HIGH * choir_reference_tanh(sum * (b->scale * (1 / b->softcap)));
 }
 
 /* Keys [begin, end), all in the chunk that starts at `chunk`. */
@@ -37,12 +42,12 @@ static void add_chunk(const choir_attention_block *b, const float *q, uint32_t c
         if (p[key - chunk] > max) max = p[key - chunk];
     }
     float correction = choir_reference_exp2(r->max - max);
-    for (uint32_t d = 0; d < b->head_dim; d++) r->out[d] *= correction;
+    for (uint32_t d = 0; d < b->value_dim; d++) r->out[d] *= correction;
     for (uint32_t i = begin - chunk; i < end - chunk; i++) {
         p[i] = choir_reference_exp2(p[i] - max);
         sum[i % LANES] += p[i];
-        const uint8_t *v = key_at(b, 1, chunk + i);
-        for (uint32_t d = 0; d < b->head_dim; d++)
+        const uint8_t *v = value_at(b, chunk + i);
+        for (uint32_t d = 0; d < b->value_dim; d++)
             r->out[d] = fmaf(p[i], f16_to_f32(load_u16(v + d * 2)), r->out[d]);
     }
     for (int n = LANES / 2; n > 0; n /= 2)
@@ -53,16 +58,20 @@ static void add_chunk(const choir_attention_block *b, const float *q, uint32_t c
 
 static void attend(const choir_attention_block *b, uint32_t query, uint32_t head)
 {
-    size_t at = ((size_t)query * b->n_heads + head) * b->head_dim;
+    size_t at = (size_t)query * b->n_heads + head;
     uint32_t end = b->position + query + 1;
-    uint32_t begin = b->window != 0 && end > b->window ? end - b->window : 0;
-    running r = {.max = -INFINITY, .out = b->out + at};
-    for (uint32_t d = 0; d < b->head_dim; d++) r.out[d] = 0;
+    uint32_t begin = choir_first_key(end - 1, b->window, b->chunk);
+    running r = {.max = -INFINITY, .out = b->out + at * b->value_dim};
+    if (b->sinks != NULL) {
+        r.max = b->sinks[head] * LOG2E_HIGH;
+        r.sum = 1;
+    }
+    for (uint32_t d = 0; d < b->value_dim; d++) r.out[d] = 0;
     for (uint32_t chunk = begin - begin % KEY_CHUNK; chunk < end; chunk += KEY_CHUNK)
-        add_chunk(b, b->q + at, chunk, begin > chunk ? begin : chunk,
+        add_chunk(b, b->q + at * b->key_dim, chunk, begin > chunk ? begin : chunk,
                   end < chunk + KEY_CHUNK ? end : chunk + KEY_CHUNK, &r);
     float inverse = 1.0F / r.sum;
-    for (uint32_t d = 0; d < b->head_dim; d++) r.out[d] *= inverse;
+    for (uint32_t d = 0; d < b->value_dim; d++) r.out[d] *= inverse;
 }
 
 void choir_reference_attention(const choir_attention_block *block)

@@ -16,9 +16,9 @@ enum { ROW_TILE = 4 };
 typedef struct attention_work {
     const choir_attention_block *b;
     uint32_t first_head, n_heads; /* query heads worked on together */
-    uint32_t dims;                /* head_dim, padded to 16 */
+    uint32_t key_dims, dims;      /* of keys and values, padded to 16 */
     uint32_t chunk;               /* first key of the current chunk */
-    float *keys;                  /* [dims][64], transposed */
+    float *keys;                  /* [key_dims][64], transposed */
     float *values;                /* [64][dims] */
     float *scores;                /* [ROW_TILE][64], then probabilities */
     float *out;                   /* [rows][dims], unnormalised */
@@ -33,7 +33,7 @@ typedef struct key_range {
 static key_range keys_of(const attention_work *w, uint32_t query)
 {
     int64_t end = (int64_t)w->b->position + query + 1;
-    int64_t begin = w->b->window != 0 && end > w->b->window ? end - w->b->window : 0;
+    int64_t begin = choir_first_key((uint32_t)end - 1, w->b->window, w->b->chunk);
     begin -= w->chunk;
     end -= w->chunk;
     return (key_range){(int32_t)(begin < 0           ? 0
@@ -44,11 +44,19 @@ static key_range keys_of(const attention_work *w, uint32_t query)
                                                    : KEY_CHUNK)};
 }
 
-static const uint16_t *key_at(const choir_attention_block *b, uint32_t part, uint32_t key)
+static const uint16_t *page_of(const choir_attention_block *b, uint32_t key)
 {
-    size_t in_page = ((size_t)part * b->n_kv_heads + b->kv_head) * b->page_tokens;
-    return (const uint16_t *)(b->kv + b->pages[key / b->page_tokens] * b->page_stride) +
-           (in_page + key % b->page_tokens) * b->head_dim;
+    return (const uint16_t *)(b->kv + b->pages[key / b->page_tokens] * b->page_stride);
+}
+
+static const uint16_t *key_at(const choir_attention_block *b, uint32_t key)
+{
+    return page_of(b, key) + choir_key_offset(b, key % b->page_tokens);
+}
+
+static const uint16_t *value_at(const choir_attention_block *b, uint32_t key)
+{
+    return page_of(b, key) + choir_value_offset(b, key % b->page_tokens);
 }
 
 /* Transposes 8 keys x 16 dims of f16 and stores them as f32, 8 keys side by side, 64 a dim. */
@@ -81,12 +89,12 @@ static void load_keys(const attention_work *w, int32_t begin, int32_t end)
 {
     static const uint16_t zeros[LANES];
     uint16_t tails[8][LANES];
-    uint32_t hd = w->b->head_dim;
+    uint32_t hd = w->b->key_dim;
     for (int32_t first = begin / LANES * LANES; first < end || first % LANES != 0; first += 8) {
         const uint16_t *rows[8], *tail_rows[8];
         for (int32_t i = 0; i < 8; i++) {
             bool valid = first + i >= begin && first + i < end;
-            rows[i] = valid ? key_at(w->b, 0, w->chunk + (uint32_t)(first + i)) : NULL;
+            rows[i] = valid ? key_at(w->b, w->chunk + (uint32_t)(first + i)) : NULL;
         }
         for (uint32_t d = 0; d < hd; d += LANES) {
             uint32_t n = hd - d < LANES ? hd - d : LANES;
@@ -104,9 +112,9 @@ static void load_keys(const attention_work *w, int32_t begin, int32_t end)
 
 static void load_values(const attention_work *w, int32_t begin, int32_t end)
 {
-    uint32_t hd = w->b->head_dim;
+    uint32_t hd = w->b->value_dim;
     for (int32_t i = begin; i < end; i++) {
-        const uint16_t *from = key_at(w->b, 1, w->chunk + (uint32_t)i);
+        const uint16_t *from = value_at(w->b, w->chunk + (uint32_t)i);
         float *to = w->values + (size_t)i * w->dims;
         uint32_t d = 0;
         for (; d + LANES <= hd; d += LANES) w_store(to + d, w_load_f16(from + d));
@@ -124,7 +132,7 @@ INLINE void score_rows(const attention_work *w, const float *const *q, int n, in
     for (int32_t key = begin / LANES * LANES; key < end; key += LANES) {
         wide sum[ROW_TILE];
         for (int i = 0; i < n; i++) sum[i] = w_zero();
-        for (uint32_t d = 0; d < w->b->head_dim; d++) {
+        for (uint32_t d = 0; d < w->b->key_dim; d++) {
             wide k = w_load(w->keys + (size_t)d * KEY_CHUNK + key);
             for (int i = 0; i < n; i++) sum[i] = w_fma(w_set(q[i][d]), k, sum[i]);
         }
@@ -150,10 +158,13 @@ INLINE void add_values(const attention_work *w, const float *p, float *out, int 
 /* Turns a row's scores into probabilities under the new running maximum, and rescales its sums. */
 static void soften_row(const attention_work *w, float *p, uint32_t row, key_range r)
 {
-    wide scale = w_set(w->b->scale * LOG2E_HIGH), low = w_set(-__builtin_inff()), max = low;
+    float softcap = w->b->softcap, units = softcap != 0 ? 1 / softcap : LOG2E_HIGH;
+    wide scale = w_set(w->b->scale * units), low = w_set(-__builtin_inff()), max = low;
+    wide cap = w_set(softcap * LOG2E_HIGH);
     int32_t first = r.begin / LANES * LANES;
     for (int32_t key = first; key < r.end; key += LANES) {
         wide t = w_mul(w_load(p + key), scale);
+        if (softcap != 0) t = w_mul(cap, tanh_wide(t));
         if (key < r.begin || key + LANES > r.end) t = w_keep(t, r.begin - key, r.end - key, low);
         w_store(p + key, t);
         max = w_max(t, max);
@@ -212,7 +223,7 @@ INLINE void run_rows(const attention_work *w, uint32_t row, int n)
     int32_t begin = KEY_CHUNK, end = 0;
     for (int i = 0; i < n; i++) {
         uint32_t query = (row + (uint32_t)i) / w->n_heads, head = (row + (uint32_t)i) % w->n_heads;
-        q[i] = w->b->q + ((size_t)query * w->b->n_heads + w->first_head + head) * w->b->head_dim;
+        q[i] = w->b->q + ((size_t)query * w->b->n_heads + w->first_head + head) * w->b->key_dim;
         r[i] = keys_of(w, query);
         if (r[i].begin < begin) begin = r[i].begin;
         if (r[i].end > end) end = r[i].end;
@@ -248,7 +259,7 @@ static void run_chunk(const attention_work *w, uint32_t n_rows)
 
 static void store_outputs(const attention_work *w, uint32_t n_rows)
 {
-    uint32_t hd = w->b->head_dim;
+    uint32_t hd = w->b->value_dim;
     for (uint32_t row = 0; row < n_rows; row++) {
         size_t head = (size_t)(row / w->n_heads) * w->b->n_heads + w->first_head + row % w->n_heads;
         const float *from = w->out + (size_t)row * w->dims;
@@ -268,12 +279,14 @@ static void attend_heads(attention_work *w)
 {
     const choir_attention_block *b = w->b;
     uint32_t n_rows = b->n_queries * w->n_heads, end = b->position + b->n_queries;
-    uint32_t begin =
-        b->window != 0 && b->position + 1 > b->window ? b->position + 1 - b->window : 0;
+    uint32_t begin = choir_first_key(b->position, b->window, b->chunk);
     memset(w->out, 0, (size_t)n_rows * w->dims * sizeof *w->out);
     for (uint32_t row = 0; row < n_rows; row++) {
         w->max[row] = -__builtin_inff();
         w->sum[row] = 0;
+        if (b->sinks == NULL) continue;
+        w->max[row] = b->sinks[w->first_head + row % w->n_heads] * LOG2E_HIGH;
+        w->sum[row] = 1;
     }
     for (w->chunk = begin - begin % KEY_CHUNK; w->chunk < end; w->chunk += KEY_CHUNK)
         run_chunk(w, n_rows);
@@ -284,9 +297,11 @@ static void attention(const choir_attention_block *block)
 {
     uint32_t group = block->n_heads / block->n_kv_heads;
     uint32_t heads = block->n_heads < HEAD_GROUP ? block->n_heads : HEAD_GROUP;
-    attention_work w = {.b = block, .dims = (block->head_dim + LANES - 1) / LANES * LANES};
+    attention_work w = {.b = block,
+                        .key_dims = (block->key_dim + LANES - 1) / LANES * LANES,
+                        .dims = (block->value_dim + LANES - 1) / LANES * LANES};
     w.keys = block->scratch;
-    w.values = w.keys + (size_t)w.dims * KEY_CHUNK;
+    w.values = w.keys + (size_t)w.key_dims * KEY_CHUNK;
     w.scores = w.values + (size_t)w.dims * KEY_CHUNK;
     w.out = w.scores + LANES * KEY_CHUNK;
     w.max = w.out + (size_t)heads * CHOIR_ATTENTION_QUERIES * w.dims;

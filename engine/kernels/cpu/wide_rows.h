@@ -109,6 +109,60 @@ static void silu_mul(const float *gate, const float *up, uint32_t n, float *out)
         });
 }
 
+INLINE wide gelu(wide g)
+{
+    wide u = w_mul(g, w_fma(w_mul(g, g), w_set(GELU_B), w_set(GELU_A)));
+    return w_div(g, w_add(w_set(1.0F), exp_wide(w_sub(w_set(-0.0F), u))));
+}
+
+static void gelu_mul(const float *gate, const float *up, uint32_t n, float *out)
+{
+    FOR_ROW(
+        n, { w_store(out + i, w_mul(gelu(w_load(gate + i)), w_load(up + i))); },
+        {
+            wide g = gelu(w_load_first(gate + i, left));
+            w_store_first(out + i, w_mul(g, w_load_first(up + i, left)), left);
+        });
+}
+
+INLINE wide clamped(wide gate, wide up, wide alpha, wide limit)
+{
+    wide g = w_min(limit, gate), u = w_max(w_sub(w_set(-0.0F), limit), up);
+    wide e = exp_wide(w_sub(w_set(-0.0F), w_mul(alpha, g)));
+    u = w_add(w_min(limit, u), w_set(1.0F));
+    return w_mul(w_div(g, w_add(w_set(1.0F), e)), u);
+}
+
+static void clamped_swiglu(const float *gate, const float *up, float alpha, float limit, uint32_t n,
+                           float *out)
+{
+    wide a = w_set(alpha), l = w_set(limit);
+    FOR_ROW(
+        n, { w_store(out + i, clamped(w_load(gate + i), w_load(up + i), a, l)); },
+        {
+            wide x = clamped(w_load_first(gate + i, left), w_load_first(up + i, left), a, l);
+            w_store_first(out + i, x, left);
+        });
+}
+
+/* 1 - 2 / (1 + e^2x) */
+INLINE wide tanh_wide(wide x)
+{
+    wide e = exp_wide(w_mul(w_set(2.0F), x));
+    return w_sub(w_set(1.0F), w_div(w_set(2.0F), w_add(w_set(1.0F), e)));
+}
+
+static void softcap(float *x, float cap, uint32_t n)
+{
+    wide c = w_set(cap), inverse = w_set(1.0F / cap);
+    FOR_ROW(
+        n, { w_store(x + i, w_mul(c, tanh_wide(w_mul(w_load(x + i), inverse)))); },
+        {
+            wide t = tanh_wide(w_mul(w_load_first(x + i, left), inverse));
+            w_store_first(x + i, w_mul(c, t), left);
+        });
+}
+
 static void add(float *x, const float *y, uint32_t n)
 {
     FOR_ROW(
