@@ -145,26 +145,35 @@ done:
     return status;
 }
 
-/* The dense FFN, or the shared expert. */
+static choir_status plan_parts(loader *l, uint32_t i, const choir_role *roles, choir_expert *to)
+{
+    float *gate_bias, *up_bias, *down_bias;
+    CHOIR_TRY(plan_matrix(l, roles[0], i, 0, &to->gate));
+    CHOIR_TRY(plan_matrix(l, roles[1], i, 0, &to->up));
+    CHOIR_TRY(plan_matrix(l, roles[2], i, 0, &to->down));
+    CHOIR_TRY(read_vector(l, roles[3], i, 0, &gate_bias));
+    CHOIR_TRY(read_vector(l, roles[4], i, 0, &up_bias));
+    CHOIR_TRY(read_vector(l, roles[5], i, 0, &down_bias));
+    to->gate_bias = gate_bias;
+    to->up_bias = up_bias;
+    to->down_bias = down_bias;
+    return CHOIR_OK;
+}
+
+/* The dense FFN, or the shared expert, if there is one. */
 static choir_status plan_always(loader *l, uint32_t i, bool dense)
 {
+    static const choir_role of_dense[] = {CHOIR_ROLE_FFN_GATE,      CHOIR_ROLE_FFN_UP,
+                                          CHOIR_ROLE_FFN_DOWN,      CHOIR_ROLE_FFN_GATE_BIAS,
+                                          CHOIR_ROLE_FFN_UP_BIAS,   CHOIR_ROLE_FFN_DOWN_BIAS};
+    static const choir_role of_shared[] = {CHOIR_ROLE_SHARED_GATE,    CHOIR_ROLE_SHARED_UP,
+                                           CHOIR_ROLE_SHARED_DOWN,    CHOIR_ROLE_SHARED_GATE_BIAS,
+                                           CHOIR_ROLE_SHARED_UP_BIAS, CHOIR_ROLE_SHARED_DOWN_BIAS};
     layer *w = &l->engine->layers[i];
-    choir_role gate = dense ? CHOIR_ROLE_FFN_GATE : CHOIR_ROLE_SHARED_GATE;
-    choir_role up = dense ? CHOIR_ROLE_FFN_UP : CHOIR_ROLE_SHARED_UP;
-    choir_role down = dense ? CHOIR_ROLE_FFN_DOWN : CHOIR_ROLE_SHARED_DOWN;
-    float *gate_bias, *up_bias, *down_bias;
-    if (!choir_role_in_layer(&l->engine->config, gate, i)) return CHOIR_OK;
-    CHOIR_TRY(plan_matrix(l, gate, i, 0, &w->always.gate));
-    CHOIR_TRY(plan_matrix(l, up, i, 0, &w->always.up));
-    CHOIR_TRY(plan_matrix(l, down, i, 0, &w->always.down));
-    if (!dense) return read_vector(l, CHOIR_ROLE_SHARED_ROUTER, i, 0, &w->always_gate);
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_FFN_GATE_BIAS, i, 0, &gate_bias));
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_FFN_UP_BIAS, i, 0, &up_bias));
-    CHOIR_TRY(read_vector(l, CHOIR_ROLE_FFN_DOWN_BIAS, i, 0, &down_bias));
-    w->always.gate_bias = gate_bias;
-    w->always.up_bias = up_bias;
-    w->always.down_bias = down_bias;
-    return CHOIR_OK;
+    if (dense) return plan_parts(l, i, of_dense, &w->always);
+    if (!choir_role_in_layer(&l->engine->config, CHOIR_ROLE_SHARED_GATE, i)) return CHOIR_OK;
+    CHOIR_TRY(plan_parts(l, i, of_shared, &w->always));
+    return read_vector(l, CHOIR_ROLE_SHARED_ROUTER, i, 0, &w->always_gate);
 }
 
 static choir_status plan_ffn(loader *l, uint32_t i)

@@ -69,6 +69,9 @@
     X(SHARED_GATE,       MOE,    SHARED,   HIDDEN,    OPTIONAL)                                    \
     X(SHARED_UP,         MOE,    SHARED,   HIDDEN,    OPTIONAL)                                    \
     X(SHARED_DOWN,       MOE,    HIDDEN,   SHARED,    OPTIONAL)                                    \
+    X(SHARED_GATE_BIAS,  MOE,    ONE,      SHARED,    OPTIONAL)                                    \
+    X(SHARED_UP_BIAS,    MOE,    ONE,      SHARED,    OPTIONAL)                                    \
+    X(SHARED_DOWN_BIAS,  MOE,    ONE,      HIDDEN,    OPTIONAL)                                    \
     X(SHARED_ROUTER,     MOE,    ONE,      HIDDEN,    OPTIONAL)
 // clang-format on
 

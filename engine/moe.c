@@ -208,10 +208,13 @@ static void mix_always(choir_engine *e, const choir_expert *x, uint32_t worker, 
     if (begin == end) return;
     const choir_acts in = {s->always_gate, s->q8_always, s->n_rows, x->down.cols};
     e->kernels->matmul(&x->down, &in, s->h, hidden, (uint32_t)begin, (uint32_t)end);
-    for (size_t i = 0; i < s->n_rows; i++)
-        e->kernels->add_scaled(s->x + i * hidden + begin, s->h + i * hidden + begin,
+    for (size_t i = 0; i < s->n_rows; i++) {
+        float *y = s->h + i * hidden + begin;
+        if (x->down_bias != NULL) e->kernels->add(y, x->down_bias + begin, (uint32_t)(end - begin));
+        e->kernels->add_scaled(s->x + i * hidden + begin, y,
                                s->always_weight[i] * e->config.residual_scale,
                                (uint32_t)(end - begin));
+    }
 }
 
 static void quantize_always(choir_engine *e, const choir_expert *x, uint32_t worker,

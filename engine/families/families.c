@@ -105,6 +105,9 @@ static const choir_places common_hf = {
     [CHOIR_ROLE_SHARED_GATE] = {LAYER "mlp.shared_experts.gate_proj.weight"},
     [CHOIR_ROLE_SHARED_UP] = {LAYER "mlp.shared_experts.up_proj.weight"},
     [CHOIR_ROLE_SHARED_DOWN] = {LAYER "mlp.shared_experts.down_proj.weight"},
+    [CHOIR_ROLE_SHARED_GATE_BIAS] = {LAYER "mlp.shared_experts.gate_proj.bias"},
+    [CHOIR_ROLE_SHARED_UP_BIAS] = {LAYER "mlp.shared_experts.up_proj.bias"},
+    [CHOIR_ROLE_SHARED_DOWN_BIAS] = {LAYER "mlp.shared_experts.down_proj.bias"},
 };
 
 static const choir_places common_gguf = {
@@ -155,6 +158,9 @@ static const choir_places common_gguf = {
     [CHOIR_ROLE_SHARED_GATE] = {"blk.%l.ffn_gate_shexp.weight"},
     [CHOIR_ROLE_SHARED_UP] = {"blk.%l.ffn_up_shexp.weight"},
     [CHOIR_ROLE_SHARED_DOWN] = {"blk.%l.ffn_down_shexp.weight"},
+    [CHOIR_ROLE_SHARED_GATE_BIAS] = {"blk.%l.ffn_gate_shexp.bias"},
+    [CHOIR_ROLE_SHARED_UP_BIAS] = {"blk.%l.ffn_up_shexp.bias"},
+    [CHOIR_ROLE_SHARED_DOWN_BIAS] = {"blk.%l.ffn_down_shexp.bias"},
     [CHOIR_ROLE_SHARED_ROUTER] = {"blk.%l.ffn_gate_inp_shexp.weight"},
 };
 

@@ -1,5 +1,5 @@
-/* Tiny models of every family against PyTorch in f32: logits, routes and greedy continuations, in exact
- * mode; and the fast path beside it. */
+/* Tiny models of every family against PyTorch in f32: logits, routes and greedy continuations, in
+ * exact mode; and the fast path beside it. */
 #include "tests/engine/sequence.h"
 #include "tests/support/reference.h"
 
@@ -13,8 +13,16 @@
 
 #include <cmocka.h>
 
-static const char *const names[] = {"llama", "llama3rope", "mistral", "qwen2",
-                                    "qwen3", "mixtral",    "qwen3_moe", "olmoe"};
+static const char *const names[] = {"llama",        "llama3rope",    "yarn",
+                                    "linear",       "dynamic",       "mistral",
+                                    "qwen2",        "qwen3",         "gemma2",
+                                    "gemma3",       "phi3",          "phi3_long",
+                                    "granite",      "smollm3",       "mixtral",
+                                    "qwen2_moe",    "qwen3_moe",     "olmoe",
+                                    "granitemoe",   "deepseek_v2",   "deepseek_v2_group",
+                                    "deepseek_v3",  "gpt_oss",       "phimoe",
+                                    "llama4",       "glm4_moe",      "dots1",
+                                    "ernie4_5_moe", "hunyuan_v1_moe"};
 
 static choir_engine *open_engine(const char *name, bool exact)
 {
@@ -41,16 +49,28 @@ static double difference(const float *a, const float *b, size_t n)
     return worst / largest;
 }
 
-static void check_routes(const reference *r, const reference_prompt *p, const choir_routes *routes)
+/* The reference's weight of an expert that it chose for a token; -1: it did not. */
+static float weight_of(const uint32_t *experts, const float *weights, uint32_t k, uint32_t expert)
 {
-    size_t n = (size_t)r->n_layers * p->n_tokens * r->k;
-    for (size_t i = 0; i < n; i++) {
-        /* Equal weights may change places; nothing else may differ. */
-        bool tie = i + 1 < n && fabsf(p->weights[i] - p->weights[i + 1]) < 1e-5F;
-        tie = tie || (i > 0 && fabsf(p->weights[i] - p->weights[i - 1]) < 1e-5F);
-        if (!tie) assert_int_equal(routes->experts[i], p->experts[i]);
-        assert_float_equal(routes->weights[i], p->weights[i], 1e-5);
+    for (uint32_t i = 0; i < k; i++)
+        if (experts[i] == expert) return weights[i];
+    return -1;
+}
+
+/* The same experts, in whatever order, with weights as close as that; dense layers have none. */
+static bool same_routes(const reference *r, const reference_prompt *p, const choir_routes *routes,
+                        uint32_t token, float closeness)
+{
+    for (size_t l = 0; l < r->n_layers; l++) {
+        size_t at = (l * p->n_tokens + token) * r->k;
+        for (uint32_t i = 0; i < r->k; i++) {
+            float expected =
+                weight_of(p->experts + at, p->weights + at, r->k, routes->experts[at + i]);
+            if (expected < 0 || !(fabsf(expected - routes->weights[at + i]) <= closeness))
+                return false;
+        }
     }
+    return true;
 }
 
 static void compare_prompt(choir_engine *engine, const reference *r, const reference_prompt *p,
@@ -63,9 +83,15 @@ static void compare_prompt(choir_engine *engine, const reference *r, const refer
     choir_span span = sequence_span(&s, p->ids, p->n_tokens, logits);
     if (r->k > 0) span.routes = &routes;
     assert_int_equal(choir_engine_step(engine, &span, 1), CHOIR_OK);
-    double d = difference(logits, p->logits, (size_t)p->n_tokens * r->vocab);
+    /* A token that takes another expert is another computation, and so are those after it. The fast
+     * path may do that where the gate's margin is within its rounding; the exact one never. */
+    uint32_t n_same = 0;
+    float closeness = tolerance < 1e-3 ? 1e-5F : 0.05F;
+    while (n_same < p->n_tokens && (r->k == 0 || same_routes(r, p, &routes, n_same, closeness)))
+        n_same++;
+    if (tolerance < 1e-3) assert_int_equal(n_same, p->n_tokens);
+    double d = difference(logits, p->logits, (size_t)n_same * r->vocab);
     if (!(d <= tolerance)) fail_msg("%s: logits differ by %g of the largest", name, d);
-    if (r->k > 0 && tolerance < 1e-3) check_routes(r, p, &routes);
     free(logits);
     free(routes.experts);
     free(routes.weights);
@@ -77,7 +103,8 @@ static void compare_greedy(choir_engine *engine, const reference *r, const refer
     sequence s = sequence_at(engine, 0, 4);
     choir_span span = sequence_span(&s, p->ids, p->n_tokens, logits);
     span.n_logits = 1;
-    for (uint32_t i = 0; i < p->n_greedy && s.position + span.n_tokens <= 4 * CHOIR_PAGE_TOKENS; i++) {
+    for (uint32_t i = 0; i < p->n_greedy && s.position + span.n_tokens <= 4 * CHOIR_PAGE_TOKENS;
+         i++) {
         assert_int_equal(choir_engine_step(engine, &span, 1), CHOIR_OK);
         sequence_advance(&s, &span);
         uint32_t best = 0;
@@ -111,11 +138,12 @@ static void test_exact(void **state)
     compare(true, 1e-4);
 }
 
-/* bf16 weights and f16 KV, no quantised products in these files. */
+/* bf16 weights and f16 KV, no quantised products in these files. Scores of Gemma 3 reach 20 here,
+ * where the rounding of f16 keys is felt most. */
 static void test_fast(void **state)
 {
     (void)state;
-    compare(false, 3e-3);
+    compare(false, 6e-3);
 }
 
 static void test_tokenizer(void **state)
@@ -123,8 +151,9 @@ static void test_tokenizer(void **state)
     (void)state;
     choir_engine *engine = open_engine("llama", true);
     reference r = reference_open("tests/fixtures/models/llama/ref.bin");
-    const char *text = "The licenses for most software are designed to take away your freedom to share and "
-                       "change it.";
+    const char *text =
+        "The licenses for most software are designed to take away your freedom to share and "
+        "change it.";
     uint32_t *ids;
     size_t n;
     assert_int_equal(choir_tokenizer_encode(choir_engine_tokenizer(engine), text, strlen(text),

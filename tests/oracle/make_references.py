@@ -4,10 +4,10 @@
   make_references.py TINY_DIR OUT_DIR NAME...
 
 OUT_DIR/NAME gets config.json, generation_config.json, tokenizer.json, tokenizer_config.json,
-chat_template.jinja, model.safetensors and ref.bin. ref.bin is little-endian u32 unless said otherwise:
+chat_template.jinja, the safetensors (with their index) and ref.bin. ref.bin is little-endian u32 unless said otherwise:
 "CREF", version 1, vocab, n_layers, k (0: dense), n_prompts; per prompt n_tokens, ids [n_tokens],
 logits f32 [n_tokens, vocab], with k > 0 experts [n_layers, n_tokens, k] and weights f32 likewise,
-n_greedy, greedy ids, margins f32."""
+n_greedy, greedy ids, margins f32. Dense layers among MoE layers have experts and weights 0."""
 import json
 import pathlib
 import shutil
@@ -20,13 +20,15 @@ source, target = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 for name in sys.argv[3:]:
     (target / name).mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                 "chat_template.jinja", "model.safetensors"):
+                 "chat_template.jinja"):
         shutil.copyfile(source / name / file, target / name / file)
+    for file in source.glob(f"{name}/*.safetensors*"):
+        shutil.copyfile(file, target / name / file.name)
     config = json.loads((source / name / "config.json").read_text())
     z = np.load(source / name / "ref.npz")
     n_prompts = sum(k.endswith("_ids") for k in z.files)
     n_layers, vocab = config["num_hidden_layers"], config["vocab_size"]
-    k = z["p0_L0_experts"].shape[1] if "p0_L0_experts" in z.files else 0
+    k = max([z[key].shape[1] for key in z.files if key.startswith("p0_") and key.endswith("_experts")], default=0)
     with open(target / name / "ref.bin", "wb") as f:
         f.write(b"CREF" + struct.pack("<5I", 1, vocab, n_layers, k, n_prompts))
         for p in range(n_prompts):
@@ -35,7 +37,8 @@ for name in sys.argv[3:]:
             f.write(z[f"p{p}_logits"].astype("<f4").tobytes())
             for what, kind in (("experts", "<u4"), ("weights", "<f4")):
                 for layer in range(n_layers if k else 0):
-                    f.write(z[f"p{p}_L{layer}_{what}"].astype(kind).tobytes())
+                    dense = np.zeros((len(ids), k))
+                    f.write(z.get(f"p{p}_L{layer}_{what}", dense).astype(kind).tobytes())
             greedy = z[f"p{p}_greedy"].astype("<u4")
             f.write(struct.pack("<I", len(greedy)) + greedy.tobytes())
             f.write(z[f"p{p}_margin"].astype("<f4").tobytes())

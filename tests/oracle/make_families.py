@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Makes the small models of every family in tests/fixtures/models, with PyTorch's results.
+
+  make_families.py [NAME...]       all that are listed below, or those named
+
+Shapes are odd on purpose: hidden sizes that no SIMD width divides, three heads, five or twelve experts, all experts
+chosen, f16, f32, shards. Prompts have 1, 33 and 70 tokens. Run from the source root with a Python that has torch and
+transformers; make_tiny.py says what each family is made of."""
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).parent
+TARGET = HERE.parent / "fixtures/models"
+COMMON = ["--vocab", "288", "--hidden", "60", "--heads", "3", "--kv-heads", "1", "--head-dim", "20", "--inter", "72",
+          "--moe-inter", "40", "--layers", "3", "--experts", "6", "--topk", "2", "--max-prompt", "70", "--new", "12",
+          "--max-pos", "256", "--window", "24"]
+PROMPTS = ["H", "free software is a matter of liberty, not price. ", "This program is distributed in the hope that it "
+           "will be useful, but WITHOUT ANY WARRANTY; without even the implied warranty of MERCHANTABILITY or FITNESS."]
+
+# name: (make_tiny's family, what differs from COMMON)
+FAMILIES = {
+    "qwen2_moe": ("qwen2_moe", ["--experts", "5"]),
+    "granitemoe": ("granitemoe", ["--dtype", "f16"]),
+    "deepseek_v2": ("deepseek_v2", ["--experts", "5", "--topk", "5"]),
+    "deepseek_v2_group": ("deepseek_v2_group", ["--experts", "8", "--hidden", "52", "--heads", "2"]),
+    "deepseek_v3": ("deepseek_v3", ["--experts", "12", "--topk", "3", "--shard-size", "60KB"]),
+    "gpt_oss": ("gpt_oss", ["--kv-heads", "3", "--experts", "5"]),
+    "phimoe": ("phimoe", ["--dtype", "f32", "--experts", "5"]),
+    "llama4": ("llama4", ["--layers", "4", "--experts", "5"]),
+    "glm4_moe": ("glm4_moe", ["--experts", "8", "--groups", "4", "--topk", "3"]),
+    "dots1": ("dots1", ["--groups", "1"]),
+    "ernie4_5_moe": ("ernie4_5_moe", ["--bias", "--tie"]),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", ["--kv-heads", "3"]),
+    "yarn": ("yarn", []),
+    "linear": ("linear", []),
+    # Greedy steps pass the original context; Hugging Face turns a longer prompt by its whole length instead.
+    "dynamic": ("dynamic", ["--max-pos", "40", "--max-prompt", "33"]),
+    "gemma2": ("gemma2", []),
+    "gemma3": ("gemma3", ["--layers", "4"]),
+    "phi3": ("phi3", ["--hidden", "48"]),
+    "phi3_long": ("phi3_long", []),
+    "granite": ("granite", []),
+    "smollm3": ("smollm3", ["--tie"]),
+}
+
+
+def make(name, folder):
+    family, more = FAMILIES[name]
+    command = [sys.executable, HERE / "make_tiny.py", "--arch", family, "--out", folder / name, *COMMON]
+    for prompt in PROMPTS:
+        command += ["--prompt", prompt]
+    subprocess.run(command + more, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([sys.executable, HERE / "make_references.py", folder, TARGET, name], check=True)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        for wanted in sys.argv[1:] or FAMILIES:
+            make(wanted, pathlib.Path(temporary))
