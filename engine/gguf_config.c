@@ -119,7 +119,10 @@ static choir_status read_scaling(const reader *r, choir_model_config *c)
     size_t i = 0, n = sizeof kinds / sizeof *kinds;
     int64_t original;
     key_of(r, "rope.scaling.type", key, sizeof key);
-    if (!choir_gguf_string(r->gguf, key, &kind)) return CHOIR_OK;
+    /* Phi-3's long variants do not say it, but have the divisors. */
+    bool divided = choir_gguf_find_tensor(r->gguf, "rope_factors_long.weight") != NULL;
+    if (!choir_gguf_string(r->gguf, key, &kind))
+        kind = (choir_text){divided ? "longrope" : "none", divided ? 8 : 4};
     while (i < n && (strlen(kinds[i].text) != kind.bytes ||
                      memcmp(kinds[i].text, kind.data, kind.bytes) != 0))
         i++;

@@ -13,25 +13,38 @@
 
 #include <cmocka.h>
 
-static const char *const names[] = {"llama",        "llama3rope",    "yarn",
-                                    "linear",       "dynamic",       "mistral",
-                                    "qwen2",        "qwen3",         "gemma2",
-                                    "gemma3",       "phi3",          "phi3_long",
-                                    "granite",      "smollm3",       "mixtral",
-                                    "qwen2_moe",    "qwen3_moe",     "olmoe",
-                                    "granitemoe",   "deepseek_v2",   "deepseek_v2_group",
-                                    "deepseek_v3",  "gpt_oss",       "phimoe",
-                                    "llama4",       "glm4_moe",      "dots1",
-                                    "ernie4_5_moe", "hunyuan_v1_moe"};
+/* Folders of tests/fixtures/models (tests/oracle/make_families.py says what each is made of), and
+ * whether a twin in GGUF lies beside it. */
+typedef struct model {
+    const char *name;
+    bool twin;
+} model;
 
-static choir_engine *open_engine(const char *name, bool exact)
+// clang-format off
+static const model models[] = {
+    {"llama", true},           {"llama3rope", true},      {"yarn", true},
+    {"linear", true},          {"dynamic", false},         {"mistral", false},
+    {"qwen2", true},           {"qwen3", true},           {"gemma2", true},
+    {"gemma3", true},          {"phi3", true},            {"phi3_long", true},
+    {"granite", true},         {"smollm3", true},         {"mixtral", false},
+    {"mixtral_odd", true},     {"qwen2_moe", false},      {"qwen2_moe_sparse", true},
+    {"qwen3_moe", false},      {"qwen3_moe_odd", true},   {"olmoe", false},
+    {"olmoe_odd", true},       {"granitemoe", true},      {"deepseek_v2", true},
+    {"deepseek_v2_group", true}, {"deepseek_v3", true},   {"gpt_oss", true},
+    {"gpt_oss_mxfp4", true},   {"phimoe", true},          {"llama4", false},
+    {"llama4_standard", true}, {"glm4_moe", true},        {"dots1", true},
+    {"ernie4_5_moe", true},    {"hunyuan_v1_moe", true},
+};
+// clang-format on
+
+static choir_engine *open_engine(const char *name, const char *ending, bool exact)
 {
     char path[256];
     choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
     o.exact = exact;
     o.n_threads = 2;
     o.max_rows = 128;
-    snprintf(path, sizeof path, "tests/fixtures/models/%s", name);
+    snprintf(path, sizeof path, "tests/fixtures/models/%s%s", name, ending);
     choir_engine *engine;
     if (choir_engine_open(path, &o, &engine) != CHOIR_OK) fail_msg("%s", choir_error_message());
     return engine;
@@ -116,19 +129,26 @@ static void compare_greedy(choir_engine *engine, const reference *r, const refer
     free(logits);
 }
 
+static void compare_model(const char *name, const char *ending, bool exact, double tolerance)
+{
+    char path[256];
+    snprintf(path, sizeof path, "tests/fixtures/models/%s/ref.bin", name);
+    reference r = reference_open(path);
+    choir_engine *engine = open_engine(name, ending, exact);
+    snprintf(path, sizeof path, "%s%s", name, ending);
+    for (uint32_t p = 0; p < r.n_prompts; p++) {
+        compare_prompt(engine, &r, &r.prompts[p], tolerance, path);
+        if (exact) compare_greedy(engine, &r, &r.prompts[p]);
+    }
+    choir_engine_close(engine);
+    reference_close(&r);
+}
+
 static void compare(bool exact, double tolerance)
 {
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        char path[256];
-        snprintf(path, sizeof path, "tests/fixtures/models/%s/ref.bin", names[i]);
-        reference r = reference_open(path);
-        choir_engine *engine = open_engine(names[i], exact);
-        for (uint32_t p = 0; p < r.n_prompts; p++) {
-            compare_prompt(engine, &r, &r.prompts[p], tolerance, names[i]);
-            if (exact) compare_greedy(engine, &r, &r.prompts[p]);
-        }
-        choir_engine_close(engine);
-        reference_close(&r);
+    for (size_t i = 0; i < sizeof models / sizeof *models; i++) {
+        compare_model(models[i].name, "", exact, tolerance);
+        if (models[i].twin) compare_model(models[i].name, ".gguf", exact, tolerance);
     }
 }
 
@@ -149,7 +169,7 @@ static void test_fast(void **state)
 static void test_tokenizer(void **state)
 {
     (void)state;
-    choir_engine *engine = open_engine("llama", true);
+    choir_engine *engine = open_engine("llama", "", true);
     reference r = reference_open("tests/fixtures/models/llama/ref.bin");
     const char *text =
         "The licenses for most software are designed to take away your freedom to share and "

@@ -21,14 +21,22 @@ PROMPTS = ["H", "free software is a matter of liberty, not price. ", "This progr
 
 # name: (make_tiny's family, what differs from COMMON)
 FAMILIES = {
+    "mixtral_odd": ("mixtral", ["--experts", "5", "--topk", "5"]),
+    "olmoe_odd": ("olmoe", ["--kv-heads", "3"]),
+    "qwen3_moe_odd": ("qwen3_moe", ["--experts", "5", "--topk", "3"]),
     "qwen2_moe": ("qwen2_moe", ["--experts", "5"]),
+    # Dense layers among the others are not for GGUF, other chunks and patterns neither: hence second ones.
+    "qwen2_moe_sparse": ("qwen2_moe", ["--experts", "5", "--config-json", '{"mlp_only_layers": []}']),
     "granitemoe": ("granitemoe", ["--dtype", "f16"]),
     "deepseek_v2": ("deepseek_v2", ["--experts", "5", "--topk", "5"]),
     "deepseek_v2_group": ("deepseek_v2_group", ["--experts", "8", "--hidden", "52", "--heads", "2"]),
     "deepseek_v3": ("deepseek_v3", ["--experts", "12", "--topk", "3", "--shard-size", "60KB"]),
     "gpt_oss": ("gpt_oss", ["--kv-heads", "3", "--experts", "5"]),
+    "gpt_oss_mxfp4": ("gpt_oss", ["--mxfp4", "--hidden", "64", "--moe-inter", "32", "--experts", "5"]),
     "phimoe": ("phimoe", ["--dtype", "f32", "--experts", "5"]),
     "llama4": ("llama4", ["--layers", "4", "--experts", "5"]),
+    "llama4_standard": ("llama4", ["--layers", "4", "--experts", "5", "--config-json",
+                                   '{"attention_chunk_size": 8192, "no_rope_layer_interval": 4, "floor_scale": 8192}']),
     "glm4_moe": ("glm4_moe", ["--experts", "8", "--groups", "4", "--topk", "3"]),
     "dots1": ("dots1", ["--groups", "1"]),
     "ernie4_5_moe": ("ernie4_5_moe", ["--bias", "--tie"]),
@@ -38,11 +46,11 @@ FAMILIES = {
     # Greedy steps pass the original context; Hugging Face turns a longer prompt by its whole length instead.
     "dynamic": ("dynamic", ["--max-pos", "40", "--max-prompt", "33"]),
     "gemma2": ("gemma2", []),
-    "gemma3": ("gemma3", ["--layers", "4"]),
+    "gemma3": ("gemma3", ["--layers", "6", "--inter", "48"]),
     "phi3": ("phi3", ["--hidden", "48"]),
     "phi3_long": ("phi3_long", []),
     "granite": ("granite", []),
-    "smollm3": ("smollm3", ["--tie"]),
+    "smollm3": ("smollm3", ["--layers", "4"]),
 }
 
 
