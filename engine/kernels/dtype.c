@@ -68,7 +68,7 @@ static void add_fifth_bits(const uint8_t *p, uint8_t *code)
 static void set_scale(block_codes *out, float d, float m, int zero)
 {
     out->d[0] = out->d[1] = d;
-    out->m = m;
+    out->m[0] = out->m[1] = m;
     out->zero = zero;
 }
 
@@ -95,7 +95,7 @@ static void decode_q6_k(const uint8_t *p, uint32_t j, block_codes *out)
         out->code[i] = (low[i] >> (j % 4 / 2 * 4) & 15) | (high[i] >> (j % 4 * 2) & 3) << 4;
     out->d[0] = scale_at(p + 208) * (float)scales[0];
     out->d[1] = scale_at(p + 208) * (float)scales[1];
-    out->m = 0;
+    out->m[0] = out->m[1] = 0;
     out->zero = 32;
 }
 
@@ -105,19 +105,64 @@ static float half_of_e8m0(uint8_t e)
     return bits_to_f32(e < 2 ? 0x00200000U << e : (uint32_t)(e - 1) << 23);
 }
 
-/* FP4's values, doubled: 0 0.5 1 1.5 2 3 4 6 and their negatives (OCP Microscaling Formats 2023). */
-static void decode_mxfp4(const uint8_t *p, block_codes *out)
+// clang-format off
+const uint8_t choir_code_tables[N_TABLES][16] = {
+    [TABLE_SAME] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    /* -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113 */
+    [TABLE_IQ4] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241},
+    /* 0 0.5 1 1.5 2 3 4 6 and their negatives, doubled (OCP Microscaling Formats 2023) */
+    [TABLE_FP4] = {128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116},
+};
+// clang-format on
+
+static void use_table(block_codes *out, uint32_t table)
 {
-    static const int8_t values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    split_nibbles(p + 1, out->code);
-    for (int i = 0; i < BLOCK; i++) out->code[i] = (uint8_t)(128 + values[out->code[i]]);
-    set_scale(out, half_of_e8m0(p[0]), 0, 128);
+    out->table = table;
+    out->zero = 128;
+}
+
+/* 16 scales of 4 bits with 16 minima of 4 bits; 2-bit codes, four of them 32 apart in a byte. */
+static void decode_q2_k(const uint8_t *p, uint32_t j, block_codes *out)
+{
+    for (int i = 0; i < BLOCK; i++) out->code[i] = p[16 + j / 4 * 32 + i] >> (j % 4 * 2) & 3;
+    for (int h = 0; h < 2; h++) {
+        uint8_t scale = p[2 * j + h];
+        out->d[h] = scale_at(p + 80) * (float)(scale & 15);
+        out->m[h] = -(scale_at(p + 82) * (float)(scale >> 4));
+    }
+    out->zero = 0;
+}
+
+/* 6-bit scales: the low 4 bits in 8 bytes, the high 2 in 4; codes of 2 bits, a mask that takes 4
+ * off. */
+static void decode_q3_k(const uint8_t *p, uint32_t j, block_codes *out)
+{
+    for (int i = 0; i < BLOCK; i++) {
+        uint32_t low = p[32 + j / 4 * 32 + i] >> (j % 4 * 2) & 3, high = p[i] >> j & 1;
+        out->code[i] = (uint8_t)(low | high << 2);
+    }
+    for (int h = 0; h < 2; h++) {
+        uint32_t at = 2 * j + h, low = p[96 + at % 8] >> (at / 8 * 4) & 15;
+        uint32_t high = p[104 + at % 4] >> (at / 4 * 2) & 3;
+        out->d[h] = scale_at(p + 108) * (float)((int)(low | high << 4) - 32);
+        out->m[h] = 0;
+    }
+    out->zero = 4;
+}
+
+static void decode_iq4_xs(const uint8_t *p, uint32_t j, block_codes *out)
+{
+    uint32_t low = p[4 + j / 2] >> (j % 2 * 4) & 15, high = load_u16(p + 2) >> (2 * j) & 3;
+    split_nibbles(p + 8 + 16 * j, out->code);
+    set_scale(out, scale_at(p) * (float)((int)(low | high << 4) - 32), 0, 0);
+    use_table(out, TABLE_IQ4);
 }
 
 void choir_decode_block(choir_dtype dtype, const uint8_t *row, uint32_t block, block_codes *out)
 {
     uint32_t per_block = types[dtype].elements / BLOCK, j = block % per_block;
     const uint8_t *p = row + (size_t)(block / per_block) * types[dtype].bytes;
+    out->table = TABLE_NONE;
     switch (dtype) {
     case CHOIR_Q8_0:
         for (int i = 0; i < BLOCK; i++) out->code[i] = p[2 + i] ^ 128;
@@ -153,8 +198,24 @@ void choir_decode_block(choir_dtype dtype, const uint8_t *row, uint32_t block, b
     case CHOIR_Q6_K:
         decode_q6_k(p, j, out);
         break;
+    case CHOIR_Q2_K:
+        decode_q2_k(p, j, out);
+        break;
+    case CHOIR_Q3_K:
+        decode_q3_k(p, j, out);
+        break;
+    case CHOIR_IQ4_NL:
+        split_nibbles(p + 2, out->code);
+        set_scale(out, scale_at(p), 0, 0);
+        use_table(out, TABLE_IQ4);
+        break;
+    case CHOIR_IQ4_XS:
+        decode_iq4_xs(p, j, out);
+        break;
     case CHOIR_MXFP4:
-        decode_mxfp4(p, out);
+        split_nibbles(p + 1, out->code);
+        set_scale(out, half_of_e8m0(p[0]), 0, 0);
+        use_table(out, TABLE_FP4);
         break;
     default:
         CHOIR_ASSERT(!"a type without blocks");
@@ -163,11 +224,13 @@ void choir_decode_block(choir_dtype dtype, const uint8_t *row, uint32_t block, b
 
 static void dequantize_block(choir_dtype dtype, const block_codes *b, float *out)
 {
-    bool has_minimum =
-        dtype == CHOIR_Q4_1 || dtype == CHOIR_Q5_1 || dtype == CHOIR_Q4_K || dtype == CHOIR_Q5_K;
+    bool has_minimum = dtype == CHOIR_Q4_1 || dtype == CHOIR_Q5_1 || dtype == CHOIR_Q4_K ||
+                       dtype == CHOIR_Q5_K || dtype == CHOIR_Q2_K;
+    const uint8_t *table = choir_code_tables[b->table];
     for (int i = 0; i < BLOCK; i++) {
-        out[i] = b->d[i / 16] * (float)(b->code[i] - b->zero);
-        if (has_minimum) out[i] += b->m;
+        int code = b->table != TABLE_NONE ? table[b->code[i]] : b->code[i];
+        out[i] = b->d[i / 16] * (float)(code - b->zero);
+        if (has_minimum) out[i] += b->m[i / 16];
     }
 }
 

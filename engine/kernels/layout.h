@@ -7,11 +7,11 @@
  *
  * Weights. 16 output rows make a strip; strips follow each other. Quantised strips are cut along K
  * in blocks of 32 and lie as two runs, each 64-aligned: scales   for each block: d[groups][16],
- * then m[16] where the source has minima (f16 or f32) codes    W8: for each block 8 x 64 bytes: row
+ * then m[groups][16] where the source has minima (f16 or f32) codes    W8: for each block 8 x 64 bytes: row
  * r's four codes of k = 4g .. 4g+3 at 64g + 4r W4: for each block 4 x 64 bytes, low nibbles as
  * group 2p, high nibbles as group 2p + 1 so that 16 rows x 4 k are one AVX-512 VNNI operand, and 8
- * rows x 4 k one for AVX2. A weight is d * (code - zero), or d * code + m. Rows beyond the matrix
- * are zeros. Float strips are [K][16].
+ * rows x 4 k one for AVX2. A weight is d * (code - zero), or d * code + m; with a table, the code is
+ * what the table has in its place. Rows beyond the matrix are zeros. Float strips are [K][16].
  *
  * Activations. Per row, K padded to blocks of 32 that share a scale d, and a 16-bit code each:
  *     high   int8, and low int8: code = 256 high + low. The upper halves alone are 8-bit
@@ -31,7 +31,8 @@ enum {
     FLAG_F32 = 1,         /* scales are f32, else f16 */
     FLAG_MIN = 2,         /* minima present, zero is 0 */
     FLAG_HALVES = 4,      /* two scales a block, 16 elements each */
-    ZERO_SHIFT = 8,       /* log2 of zero lies in bits 8.. */
+    ZERO_SHIFT = 8,       /* log2 of zero lies in bits 8..15 */
+    TABLE_SHIFT = 16,     /* the number of a code table in bits 16.., 0: codes are what they are */
 };
 
 typedef struct quant_layout {
@@ -41,6 +42,7 @@ typedef struct quant_layout {
     size_t codes_at;             /* from the strip's start */
     size_t strip_bytes;
     uint32_t zero_log2; /* of the code that means 0, where there is no minimum */
+    uint32_t table;
     bool f32, min;
 } quant_layout;
 
@@ -54,8 +56,9 @@ static inline quant_layout choir_quant_layout(const choir_matrix *w)
     quant_layout l = {.n_blocks = w->cols / BLOCK, .n_groups = w->flags & FLAG_HALVES ? 2 : 1};
     l.f32 = (w->flags & FLAG_F32) != 0;
     l.min = (w->flags & FLAG_MIN) != 0;
-    l.zero_log2 = w->flags >> ZERO_SHIFT;
-    l.scale_bytes = STRIP * (l.n_groups + l.min) * (l.f32 ? 4 : 2);
+    l.zero_log2 = w->flags >> ZERO_SHIFT & 255;
+    l.table = w->flags >> TABLE_SHIFT;
+    l.scale_bytes = STRIP * l.n_groups * (1 + l.min) * (l.f32 ? 4 : 2);
     l.code_bytes = w->layout == CHOIR_LAYOUT_W4 ? 256 : 512;
     l.codes_at = round_up_64((size_t)l.n_blocks * l.scale_bytes);
     l.strip_bytes = l.codes_at + (size_t)l.n_blocks * l.code_bytes;
@@ -87,11 +90,17 @@ static inline acts_layout choir_acts_layout(uint32_t cols)
     return l;
 }
 
-/* 32 weights of one row as codes: d[half] * (code - zero) + m. */
+/* 4-bit codes of 4-bit layouts whose products are made with 8 bits: themselves; the values of IQ4 and of
+ * FP4 (doubled), plus 128. */
+enum { TABLE_NONE, TABLE_SAME, TABLE_IQ4, TABLE_FP4, N_TABLES };
+extern const uint8_t choir_code_tables[N_TABLES][16];
+
+/* 32 weights of one row as codes: d[half] * (code - zero) + m[half], by way of a table if there is one. */
 typedef struct block_codes {
     uint8_t code[BLOCK];
-    float d[2], m;
+    float d[2], m[2];
     int zero;
+    uint32_t table;
 } block_codes;
 
 void choir_decode_block(choir_dtype dtype, const uint8_t *row, uint32_t block, block_codes *out);

@@ -18,7 +18,12 @@ static const struct {
     [CHOIR_Q4_K] = {CHOIR_LAYOUT_W4, FLAG_MIN | FLAG_F32},
     [CHOIR_Q5_K] = {CHOIR_LAYOUT_W8, FLAG_MIN | FLAG_F32},
     [CHOIR_Q6_K] = {CHOIR_LAYOUT_W8, FLAG_F32 | FLAG_HALVES | 5 << ZERO_SHIFT},
-    [CHOIR_MXFP4] = {CHOIR_LAYOUT_W8, FLAG_F32 | FLAG_HALVES | 7 << ZERO_SHIFT},
+    [CHOIR_Q2_K] = {CHOIR_LAYOUT_W4, FLAG_MIN | FLAG_F32 | FLAG_HALVES | TABLE_SAME << TABLE_SHIFT},
+    [CHOIR_Q3_K] = {CHOIR_LAYOUT_W4,
+                    FLAG_F32 | FLAG_HALVES | 2 << ZERO_SHIFT | TABLE_SAME << TABLE_SHIFT},
+    [CHOIR_IQ4_NL] = {CHOIR_LAYOUT_W4, 7 << ZERO_SHIFT | TABLE_IQ4 << TABLE_SHIFT},
+    [CHOIR_IQ4_XS] = {CHOIR_LAYOUT_W4, FLAG_F32 | 7 << ZERO_SHIFT | TABLE_IQ4 << TABLE_SHIFT},
+    [CHOIR_MXFP4] = {CHOIR_LAYOUT_W4, FLAG_F32 | 7 << ZERO_SHIFT | TABLE_FP4 << TABLE_SHIFT},
 };
 
 static bool is_quantised(choir_layout layout)
@@ -110,7 +115,8 @@ static void pack_quantised_row(const choir_matrix *m, const quant_layout *l, con
         choir_decode_block(m->dtype, row, b, &codes);
         uint8_t *scales = strip + (size_t)b * l->scale_bytes;
         for (uint32_t g = 0; g < l->n_groups; g++) put_scale(l, scales, g * STRIP + r, codes.d[g]);
-        if (l->min) put_scale(l, scales, l->n_groups * STRIP + r, codes.m);
+        for (uint32_t g = 0; l->min && g < l->n_groups; g++)
+            put_scale(l, scales, (l->n_groups + g) * STRIP + r, codes.m[g]);
         put_codes(m->layout, strip + l->codes_at + (size_t)b * l->code_bytes, r, codes.code);
     }
 }
@@ -161,8 +167,10 @@ static void quantised_row(const choir_matrix *m, const uint8_t *strip, uint32_t 
         for (uint32_t k = 0; k < BLOCK; k++, out++) {
             uint32_t g = l.n_groups == 2 ? k / 16 : 0;
             float d = get_scale(&l, scales, g * STRIP + r);
-            *out = d * (float)((int)get_code(m->layout, codes, r, k) - zero);
-            if (l.min) *out += get_scale(&l, scales, l.n_groups * STRIP + r);
+            uint32_t code = get_code(m->layout, codes, r, k);
+            if (l.table != TABLE_NONE) code = choir_code_tables[l.table][code];
+            *out = d * (float)((int)code - zero);
+            if (l.min) *out += get_scale(&l, scales, (l.n_groups + g) * STRIP + r);
         }
     }
 }

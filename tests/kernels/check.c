@@ -110,14 +110,15 @@ static uint16_t small_half(void)
 /* Where a block keeps its f16 scales, or its exponent; all other bytes may be anything. */
 static void put_block_scales(choir_dtype dtype, uint8_t *block)
 {
-    bool two =
-        dtype == CHOIR_Q4_1 || dtype == CHOIR_Q5_1 || dtype == CHOIR_Q4_K || dtype == CHOIR_Q5_K;
+    bool two = dtype == CHOIR_Q4_1 || dtype == CHOIR_Q5_1 || dtype == CHOIR_Q4_K ||
+               dtype == CHOIR_Q5_K || dtype == CHOIR_Q2_K;
+    size_t at = dtype == CHOIR_Q6_K ? 208 : dtype == CHOIR_Q2_K ? 80 : dtype == CHOIR_Q3_K ? 108 : 0;
     uint16_t half[2] = {small_half(), small_half()};
     if (dtype == CHOIR_MXFP4) {
         block[0] = (uint8_t)(120 + check_below(8));
         return;
     }
-    memcpy(block + (dtype == CHOIR_Q6_K ? 208 : 0), half, two ? 4 : 2);
+    memcpy(block + at, half, two ? 4 : 2);
 }
 
 choir_tensor check_tensor(choir_dtype dtype, uint32_t rows, uint32_t cols)

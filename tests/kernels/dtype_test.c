@@ -11,7 +11,7 @@
 static void test_table(void **state)
 {
     (void)state;
-    static const uint32_t ids[] = {0, 1, 30, 8, 2, 3, 6, 7, 12, 13, 14, 39};
+    static const uint32_t ids[] = {0, 1, 30, 8, 2, 3, 6, 7, 12, 13, 14, 10, 11, 20, 23, 39};
     for (uint32_t i = 0; i < CHOIR_N_DTYPES; i++) {
         choir_dtype dtype;
         assert_true(choir_dtype_from_gguf(ids[i], &dtype));
@@ -21,7 +21,7 @@ static void test_table(void **state)
                          512 / choir_dtype_block_elements(dtype) * choir_dtype_block_bytes(dtype));
     }
     choir_dtype dtype;
-    assert_false(choir_dtype_from_gguf(10, &dtype)); /* Q2_K */
+    assert_false(choir_dtype_from_gguf(16, &dtype)); /* IQ2_XXS */
     assert_false(choir_dtype_from_gguf(UINT32_MAX, &dtype));
     assert_string_equal(choir_dtype_text(CHOIR_Q4_K), "Q4_K");
 }

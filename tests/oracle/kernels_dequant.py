@@ -11,10 +11,12 @@ import gguf
 import numpy as np
 
 BLOCKS = {"F32": 8, "F16": 64, "BF16": 64, "Q8_0": 6, "Q4_0": 6, "Q4_1": 6, "Q5_0": 6, "Q5_1": 6,
-          "Q4_K": 3, "Q5_K": 3, "Q6_K": 3, "MXFP4": 6}
+          "Q4_K": 3, "Q5_K": 3, "Q6_K": 3,
+          "Q2_K": 3, "Q3_K": 3, "IQ4_NL": 6, "IQ4_XS": 3, "MXFP4": 6}
 # Offsets of the f16 scales in a block.
 SCALES = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2],
-          "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+          "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
+          "Q2_K": [80, 82], "Q3_K": [108], "IQ4_NL": [0], "IQ4_XS": [0]}
 # Ordinary numbers first, then subnormal, zero and the largest.
 SPECIAL = [0x0001, 0x83FF, 0x0000, 0x8000, 0x7BFF, 0x0400]
 

@@ -4,7 +4,8 @@
  * 4-bit codes: maddubs gives int16 sums of two products, at most 2 * 15 * 128; a block's eight of
  * them fit int16 (30720), so widening and scaling are paid once in 32 k. The two halves of 16-bit
  * activations are two such sums, joined when they are widened. 8-bit codes would overflow int16, so
- * they are widened and multiplied with the int16 form of the activations; both halves of a 16-bit
+ * they are widened and multiplied with the int16 form of the activations, as are 4-bit codes that
+ * stand for 8-bit values, once a table has told them; both halves of a 16-bit
  * pair lie where one shift or mask finds them. Unpacking costs little beside the work on a tile of
  * activation rows. */
 #include "engine/kernels/cpu/avx2.h"
@@ -18,7 +19,13 @@ enum {
 };
 
 /* What a strip function is compiled for. */
-enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8 };
+enum {
+    W8 = 1,
+    MIN = 2,
+    F32_SCALES = 4,
+    HALVES = 8,
+    TABLE = 16 /* with W8: 4-bit codes of a table */
+};
 
 /* One strip of weights against some activation rows. */
 typedef struct strip_job {
@@ -28,6 +35,7 @@ typedef struct strip_job {
     size_t ldy;
     quant_layout l;
     acts_layout acts;
+    __m256i table; /* of 4-bit codes, twice */
 } strip_job;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -70,7 +78,7 @@ typedef struct block_scales {
 INLINE block_scales load_block_scales(const uint8_t *p, int part, int kind)
 {
     block_scales s;
-    int m_at = kind & HALVES ? 4 : 2;
+    int m_at = kind & HALVES ? 4 + 2 * part : 2;
     for (int v = 0; v < 2; v++) {
         s.d[v] = load_scales(p, 2 * part + v, kind);
         s.m[v] = kind & MIN ? load_scales(p, m_at + v, kind) : s.d[v];
@@ -96,6 +104,10 @@ INLINE void finish(const strip_job *j, const uint8_t *row, uint32_t b, int part,
     }
     if (kind & MIN) {
         __m256 sa = broadcast_float(row + j->acts.s_at + 4 * (size_t)b);
+        if (kind & HALVES) {
+            const int32_t *sums = (const int32_t *)(row + j->acts.sums_at) + N_SUMS * (size_t)b;
+            sa = _mm256_mul_ps(da, _mm256_set1_ps((float)sums[part]));
+        }
         for (int v = 0; v < 2; v++) acc[v] = _mm256_fmadd_ps(s->m[v], sa, acc[v]);
     }
 }
@@ -145,20 +157,31 @@ INLINE void w4_block(const strip_job *j, const uint8_t *rows, uint32_t b, int n,
     }
 }
 
+/* Group g of a block's codes, the v-th 8 output rows: bytes as they lie, or as the table has them.
+ */
+INLINE __m256i load_group(const strip_job *j, const uint8_t *codes, int g, int v, int kind)
+{
+    if (!(kind & TABLE)) return load(codes + g * 64 + v * 32);
+    const __m256i mask = _mm256_set1_epi8(15);
+    __m256i both = load(codes + g / 2 * 64 + v * 32);
+    __m256i nibbles = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(both, 4) : both, mask);
+    return _mm256_shuffle_epi8(j->table, nibbles);
+}
+
 /* One block of 8-bit codes, or the part-th half of it where the halves have scales of their own. */
 INLINE void w8_block(const strip_job *j, const uint8_t *rows, uint32_t b, int part, int n, int kind,
                      __m256 acc[TILE][2])
 {
     const __m256i mask = _mm256_set1_epi16(255);
-    const uint8_t *codes = j->strip + j->l.codes_at + (size_t)b * 512 + part * 256;
-    const int n_groups = kind & HALVES ? 4 : 8;
+    const int n_groups = kind & HALVES ? 4 : 8, bytes = kind & TABLE ? 32 : 64; /* of a group */
+    const uint8_t *codes = j->strip + j->l.codes_at + ((size_t)b * 8 + part * 4) * bytes;
     __m256i sum[TILE][2];
 #pragma GCC unroll 8
     for (int g = 0; g < n_groups; g++) {
         __m256i even[2], odd[2];
-        _mm_prefetch(codes + g * 64 + AHEAD, _MM_HINT_T0);
+        if (!(kind & TABLE) || g % 2 == 0) _mm_prefetch(codes + g * bytes + AHEAD, _MM_HINT_T0);
         for (int v = 0; v < 2; v++) {
-            __m256i four = load(codes + g * 64 + v * 32);
+            __m256i four = load_group(j, codes, g, v, kind);
             even[v] = _mm256_and_si256(four, mask);
             odd[v] = _mm256_srli_epi16(four, 8);
         }
@@ -232,9 +255,16 @@ STRIP_FUNCTION(w8_zero_f16, W8)
 STRIP_FUNCTION(w8_min_f16, W8 | MIN)
 STRIP_FUNCTION(w8_min_f32, W8 | MIN | F32_SCALES)
 STRIP_FUNCTION(w8_halves_f32, W8 | HALVES | F32_SCALES)
+STRIP_FUNCTION(table_f16, W8 | TABLE)
+STRIP_FUNCTION(table_f32, W8 | TABLE | F32_SCALES)
+STRIP_FUNCTION(table_halves_f32, W8 | TABLE | HALVES | F32_SCALES)
+STRIP_FUNCTION(table_halves_min_f32, W8 | TABLE | HALVES | MIN | F32_SCALES)
 
 static strip_function function_for(const choir_matrix *w, const quant_layout *l)
 {
+    if (l->table != TABLE_NONE && l->n_groups == 2)
+        return l->min ? table_halves_min_f32 : table_halves_f32;
+    if (l->table != TABLE_NONE) return l->f32 ? table_f32 : table_f16;
     if (w->layout == CHOIR_LAYOUT_W4)
         return l->min ? l->f32 ? w4_min_f32 : w4_min_f16 : w4_zero_f16;
     if (l->n_groups == 2) return w8_halves_f32;
@@ -246,6 +276,8 @@ void choir_avx2_quant_matmul(const choir_matrix *w, const choir_acts *acts, floa
 {
     strip_job j = {.ldy = ldy, .l = choir_quant_layout(w), .acts = choir_acts_layout(w->cols)};
     strip_function run = function_for(w, &j.l);
+    j.table =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)choir_code_tables[j.l.table]));
     CHOIR_ASSERT(acts->q8 != NULL && begin % STRIP == 0);
     for (uint32_t first = 0; first < acts->n_rows; first += ROWS_AT_ONCE) {
         uint32_t left = acts->n_rows - first;

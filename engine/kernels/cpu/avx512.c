@@ -14,7 +14,7 @@ enum {
 };
 
 /* What a tile function is compiled for. */
-enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8 };
+enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8, TABLE = 16 };
 
 typedef struct tile {
     const uint8_t *strip;
@@ -24,6 +24,7 @@ typedef struct tile {
     uint32_t n_out; /* output rows that exist, 1..16 */
     const quant_layout *l;
     acts_layout acts;
+    __m512i table; /* of 4-bit codes, four times */
 } tile;
 
 INLINE wide load_scales(const uint8_t *p, int i, int kind)
@@ -33,7 +34,7 @@ INLINE wide load_scales(const uint8_t *p, int i, int kind)
 }
 
 /* The 8 groups of 16 rows x 4 k of a block as unsigned bytes. */
-INLINE void load_codes(const uint8_t *codes, int kind, __m512i group[8])
+INLINE void load_codes(const tile *t, const uint8_t *codes, int kind, __m512i group[8])
 {
     if (kind & W8) {
 #pragma GCC unroll 8
@@ -50,6 +51,9 @@ INLINE void load_codes(const uint8_t *codes, int kind, __m512i group[8])
         __m512i both = _mm512_loadu_si512(codes + p * 64);
         group[2 * p] = _mm512_and_si512(both, mask);
         group[2 * p + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+        if (!(kind & TABLE)) continue;
+        group[2 * p] = _mm512_shuffle_epi8(t->table, group[2 * p]);
+        group[2 * p + 1] = _mm512_shuffle_epi8(t->table, group[2 * p + 1]);
     }
 }
 
@@ -72,7 +76,12 @@ INLINE wide finish(const tile *t, const uint8_t *row, uint32_t b, int half, __m5
         sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(n * (1 << t->l->zero_log2)));
     }
     acc = w_fma(_mm512_cvtepi32_ps(sum), w_mul(d, da), acc);
-    if (kind & MIN) acc = w_fma(m, w_set(((const float *)(row + t->acts.s_at))[b]), acc);
+    if (kind & MIN) {
+        wide s = w_set(((const float *)(row + t->acts.s_at))[b]);
+        const int32_t *sums = (const int32_t *)(row + t->acts.sums_at) + N_SUMS * (size_t)b;
+        if (kind & HALVES) s = w_mul(da, w_set((float)sums[half]));
+        acc = w_fma(m, s, acc);
+    }
     return acc;
 }
 
@@ -87,10 +96,10 @@ INLINE void run_block(const tile *t, uint32_t b, int rows, int kind, wide *acc)
     const uint8_t *scales = t->strip + (size_t)b * t->l->scale_bytes;
     const int n_parts = kind & HALVES ? 2 : 1, per_part = 8 / n_parts;
     __m512i group[8];
-    load_codes(t->strip + t->l->codes_at + (size_t)b * t->l->code_bytes, kind, group);
-    wide m = kind & MIN ? load_scales(scales, n_parts, kind) : w_zero();
+    load_codes(t, t->strip + t->l->codes_at + (size_t)b * t->l->code_bytes, kind, group);
     for (int part = 0; part < n_parts; part++) {
         wide d = load_scales(scales, part, kind);
+        wide m = kind & MIN ? load_scales(scales, n_parts + part, kind) : w_zero();
         __m512i sum[2 * TILE];
 #pragma GCC unroll 8
         for (int i = 0; i < 2 * rows; i++) sum[i] = _mm512_setzero_si512();
@@ -148,9 +157,16 @@ TILE_FUNCTION(w8_zero_f16, W8)
 TILE_FUNCTION(w8_min_f16, W8 | MIN)
 TILE_FUNCTION(w8_min_f32, W8 | MIN | F32_SCALES)
 TILE_FUNCTION(w8_halves_f32, W8 | HALVES | F32_SCALES)
+TILE_FUNCTION(table_f16, TABLE)
+TILE_FUNCTION(table_f32, TABLE | F32_SCALES)
+TILE_FUNCTION(table_halves_f32, TABLE | HALVES | F32_SCALES)
+TILE_FUNCTION(table_halves_min_f32, TABLE | HALVES | MIN | F32_SCALES)
 
 static tile_function function_for(const choir_matrix *w, const quant_layout *l)
 {
+    if (l->table != TABLE_NONE && l->n_groups == 2)
+        return l->min ? table_halves_min_f32 : table_halves_f32;
+    if (l->table != TABLE_NONE) return l->f32 ? table_f32 : table_f16;
     if (w->layout == CHOIR_LAYOUT_W4)
         return l->min ? l->f32 ? w4_min_f32 : w4_min_f16 : w4_zero_f16;
     if (l->n_groups == 2) return w8_halves_f32;
@@ -163,6 +179,7 @@ static void quant_matmul(const choir_matrix *w, const choir_acts *acts, float *r
     quant_layout l = choir_quant_layout(w);
     tile t = {.ldy = ldy, .l = &l, .acts = choir_acts_layout(w->cols)};
     tile_function run = function_for(w, &l);
+    t.table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)choir_code_tables[l.table]));
     CHOIR_ASSERT(acts->q8 != NULL && begin % STRIP == 0);
     for (uint32_t first = 0; first < acts->n_rows; first += ROWS_AT_ONCE) {
         uint32_t left = acts->n_rows - first, n = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE;

@@ -130,6 +130,8 @@ static float quantised_dot(const choir_matrix *w, const quant_layout *l, const u
     acts_layout a = choir_acts_layout(w->cols);
     const float *d = (const float *)(row + a.d_at);
     const float *s = (const float *)(row + a.s_at);
+    const int32_t *sums = (const int32_t *)(row + a.sums_at);
+    const uint8_t *table = choir_code_tables[l->table];
     uint32_t n = BLOCK / l->n_groups;
     int32_t zero = l->min ? 0 : 1 << l->zero_log2;
     float y = 0;
@@ -138,12 +140,15 @@ static float quantised_dot(const choir_matrix *w, const quant_layout *l, const u
         const uint8_t *codes = strip + l->codes_at + (size_t)b * l->code_bytes;
         for (uint32_t g = 0; g < l->n_groups; g++) {
             int32_t sum = 0;
-            for (uint32_t k = g * n; k < (g + 1) * n; k++)
-                sum += (code_of(w->layout == CHOIR_LAYOUT_W4, codes, r, k) - zero) *
-                       act_of(&a, row, b * BLOCK + k);
+            for (uint32_t k = g * n; k < (g + 1) * n; k++) {
+                int32_t code = code_of(w->layout == CHOIR_LAYOUT_W4, codes, r, k);
+                if (l->table != TABLE_NONE) code = table[code];
+                sum += (code - zero) * act_of(&a, row, b * BLOCK + k);
+            }
             y = fmaf((float)sum, scale_of(l, scales, g * STRIP + r) * d[b], y);
+            float of_minimum = l->n_groups == 1 ? s[b] : d[b] * (float)sums[b * N_SUMS + g];
+            if (l->min) y = fmaf(scale_of(l, scales, (l->n_groups + g) * STRIP + r), of_minimum, y);
         }
-        if (l->min) y = fmaf(scale_of(l, scales, l->n_groups * STRIP + r), s[b], y);
     }
     return y;
 }
