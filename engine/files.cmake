@@ -1,5 +1,18 @@
+# A family is one file: the list of them is made of the definitions in families/.
 file(GLOB families CONFIGURE_DEPENDS families/*.c)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${families})
+set(family_list "#define FAMILIES(X)")
+foreach(file ${families})
+    file(STRINGS ${file} definitions REGEX "^const choir_family choir_family_")
+    foreach(definition ${definitions})
+        string(REGEX REPLACE "^const choir_family choir_family_([a-z0-9_]+) .*" " X(\\1)" name ${definition})
+        string(APPEND family_list "${name}")
+    endforeach()
+endforeach()
+file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/families_list.h CONTENT "${family_list}\n" @ONLY)
+
 choir_library(model_file
     SOURCES gguf.c gguf_config.c hf_config.c model_config.c model_file.c roles.c safetensors.c
             ${families}
     LINKS choir_base choir_kernels PkgConfig::JANSSON PkgConfig::XXHASH m)
+target_include_directories(choir_model_file PRIVATE ${CMAKE_CURRENT_BINARY_DIR})

@@ -164,6 +164,29 @@ static choir_status read_entry(choir_gguf *g, uint64_t i)
     return take(g, kind_bytes[e->kind], "a metadata value", &e->value);
 }
 
+/* ggml's types that Choir lacks, by what people call them. */
+static choir_status fail_type(const choir_gguf *g, choir_text name, uint32_t type)
+{
+    static const struct {
+        uint32_t id;
+        const char *text;
+    } lacking[] = {{9, "Q8_1"},     {15, "Q8_K"},  {16, "IQ2_XXS"}, {17, "IQ2_XS"}, {18, "IQ3_XXS"},
+                   {19, "IQ1_S"},   {21, "IQ3_S"}, {22, "IQ2_S"},   {24, "I8"},     {25, "I16"},
+                   {26, "I32"},     {27, "I64"},   {28, "F64"},     {29, "IQ1_M"},  {34, "TQ1_0"},
+                   {35, "TQ2_0"},   {40, "NVFP4"}};
+    char known[160];
+    size_t n = 0;
+    const char *text = "unknown";
+    for (uint32_t d = 0; d < CHOIR_N_DTYPES && n < sizeof known; d++)
+        n += (size_t)snprintf(known + n, sizeof known - n, "%s%s", d > 0 ? ", " : "",
+                              choir_dtype_text((choir_dtype)d));
+    for (size_t i = 0; i < sizeof lacking / sizeof *lacking; i++)
+        if (lacking[i].id == type) text = lacking[i].text;
+    return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                      "%s: tensor '%.*s' has type %u (%s), which Choir does not read; it reads %s", g->name,
+                      (int)name.bytes, name.data, type, text, known);
+}
+
 static choir_status read_tensor_info(choir_gguf *g, uint64_t i)
 {
     choir_gguf_tensor *t = &g->tensors[i];
@@ -189,10 +212,7 @@ static choir_status read_tensor_info(choir_gguf *g, uint64_t i)
     at = g->at;
     CHOIR_TRY(take_u32(g, "a tensor's type", &type));
     if (!choir_dtype_from_gguf(type, &t->dtype))
-        return choir_fail(CHOIR_E_UNIMPLEMENTED,
-                          "%s: tensor '%.*s' has type %u, which Choir does not read (it reads F32, "
-                          "F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K)",
-                          g->name, (int)t->name.bytes, t->name.data, type);
+        return fail_type(g, t->name, type);
     if (t->dims[0] % choir_dtype_block_elements(t->dtype) != 0)
         return fail_field(g, t->name, "has rows that are no whole number of blocks:", t->dims[0], at);
     t->bytes = choir_dtype_row_bytes(t->dtype, n);

@@ -262,7 +262,8 @@ static choir_status read_rope(const reader *r, choir_model_config *c)
         return choir_fail(CHOIR_E_FORMAT,
                           "%s: 'partial_rotary_factor' is %g, must be above 0, at most 1", r->path,
                           (double)part);
-    c->rope.rotary_dims = c->window_rope.rotary_dims = (uint32_t)((float)head * part);
+    if (c->rope.rotary_dims == 0) c->rope.rotary_dims = (uint32_t)((float)head * part);
+    c->window_rope.rotary_dims = c->rope.rotary_dims;
     if (scaling != NULL) CHOIR_TRY(read_scaling(r, scaling, &c->rope, c));
     return sliding != NULL && c->window_rope.theta > 0
                ? read_scaling(r, sliding, &c->window_rope, c)

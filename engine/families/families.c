@@ -4,11 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#define FAMILIES(X)                                                                                \
-    X(llama)                                                                                       \
-    X(mistral) X(qwen2) X(qwen3) X(gemma2) X(gemma3) X(phi3) X(granite) X(smollm3) X(mixtral)      \
-        X(qwen2_moe) X(qwen3_moe) X(olmoe) X(granitemoe) X(deepseek_v2) X(deepseek_v3) X(gpt_oss)  \
-            X(phimoe) X(llama4) X(glm4_moe) X(dots1) X(ernie4_5_moe) X(hunyuan_moe)
+/* FAMILIES(X): every choir_family_NAME that a file of this folder defines; engine/files.cmake makes it. */
+#include "families_list.h"
 
 #define X(family) extern const choir_family choir_family_##family;
 FAMILIES(X)

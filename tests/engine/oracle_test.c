@@ -33,7 +33,7 @@ static const model models[] = {
     {"deepseek_v2_group", true}, {"deepseek_v3", true},   {"gpt_oss", true},
     {"gpt_oss_mxfp4", true},   {"phimoe", true},          {"llama4", false},
     {"llama4_standard", true}, {"glm4_moe", true},        {"dots1", true},
-    {"ernie4_5_moe", true},    {"hunyuan_v1_moe", true},
+    {"ernie4_5_moe", true},    {"hunyuan_v1_moe", true},  {"minimax_m2", true},
 };
 // clang-format on
 

@@ -6,6 +6,7 @@
 Shapes are odd on purpose: hidden sizes that no SIMD width divides, three heads, five or twelve experts, all experts
 chosen, f16, f32, shards. Prompts have 1, 33 and 70 tokens. Run from the source root with a Python that has torch and
 transformers; make_tiny.py says what each family is made of."""
+import json
 import pathlib
 import subprocess
 import sys
@@ -41,6 +42,7 @@ FAMILIES = {
     "dots1": ("dots1", ["--groups", "1"]),
     "ernie4_5_moe": ("ernie4_5_moe", ["--bias", "--tie"]),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", ["--kv-heads", "3"]),
+    "minimax_m2": ("minimax_m2", []),
     "yarn": ("yarn", []),
     "linear": ("linear", []),
     # Greedy steps pass the original context; Hugging Face turns a longer prompt by its whole length instead.
@@ -54,12 +56,31 @@ FAMILIES = {
 }
 
 
+def add_predicting_layer(folder):
+    """One more layer behind the others, as checkpoints that predict a second token have it (GLM-4.5)."""
+    from safetensors.torch import load_file, save_file
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    last = config["num_hidden_layers"]
+    for name, tensor in list(tensors.items()):
+        if name.startswith(f"model.layers.{last - 1}."):
+            tensors[name.replace(f".{last - 1}.", f".{last}.", 1)] = tensor.clone()
+    norm, head = tensors["model.norm.weight"], tensors["lm_head.weight"]
+    prefix = f"model.layers.{last}."
+    tensors |= {prefix + "eh_proj.weight": head[:norm.numel()].repeat(1, 2).contiguous(), prefix + "enorm.weight": norm.clone(),
+                prefix + "hnorm.weight": norm.clone(), prefix + "shared_head.norm.weight": norm.clone(),
+                prefix + "shared_head.head.weight": head.clone(), prefix + "embed_tokens.weight": head.clone()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}, indent=2))
+
+
 def make(name, folder):
     family, more = FAMILIES[name]
     command = [sys.executable, HERE / "make_tiny.py", "--arch", family, "--out", folder / name, *COMMON]
     for prompt in PROMPTS:
         command += ["--prompt", prompt]
     subprocess.run(command + more, check=True, stderr=subprocess.DEVNULL)
+    if name == "glm4_moe":
+        add_predicting_layer(folder / name)
     subprocess.run([sys.executable, HERE / "make_references.py", folder, TARGET, name], check=True)
 
 
