@@ -262,7 +262,12 @@ static choir_status read_rope(const reader *r, choir_model_config *c)
         return choir_fail(CHOIR_E_FORMAT,
                           "%s: 'partial_rotary_factor' is %g, must be above 0, at most 1", r->path,
                           (double)part);
-    if (c->rope.rotary_dims == 0) c->rope.rotary_dims = (uint32_t)((float)head * part);
+    if (c->rope.rotary_dims == 0) {
+        /* An odd part of a head is rounded up to pairs; the frequencies remember it (transformers). */
+        uint32_t dims = (uint32_t)((double)head * (double)part);
+        c->rope.exponent_dims = dims;
+        c->rope.rotary_dims = dims + dims % 2;
+    }
     c->window_rope.rotary_dims = c->rope.rotary_dims;
     if (scaling != NULL) CHOIR_TRY(read_scaling(r, scaling, &c->rope, c));
     return sliding != NULL && c->window_rope.theta > 0

@@ -30,6 +30,7 @@ typedef struct choir_rope_config {
     float attention_factor, long_attention_factor; /* multiply cos and sin; LONGROPE has two */
     uint32_t original_max_positions;         /* before scaling */
     uint32_t rotary_dims;                    /* of a head; the others pass */
+    uint32_t exponent_dims;                  /* frequencies are theta^(-2i / exponent_dims); 0: rotary_dims */
     bool interleaved;                        /* pairs (2i, 2i + 1), else (i, i + rotary_dims / 2) */
 } choir_rope_config;
 

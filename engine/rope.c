@@ -12,9 +12,10 @@ struct rope_table {
 };
 
 /* Base frequencies theta^(-2d / n), f32 as the reference implementations have them. */
-static float frequency(float theta, uint32_t d, uint32_t half)
+static float frequency(const choir_rope_config *r, float theta, uint32_t d)
 {
-    return 1.0F / powf(theta, (float)(2 * d) / (float)(2 * half));
+    uint32_t n = r->exponent_dims > 0 ? r->exponent_dims : r->rotary_dims;
+    return 1.0F / powf(theta, (float)(2 * d) / (float)n);
 }
 
 /* Llama 3.1: long wavelengths are stretched by `factor`, with a blend in between. */
@@ -53,7 +54,7 @@ static float scale_yarn(const choir_rope_config *r, float f, uint32_t d, uint32_
 
 static float scaled(const choir_rope_config *r, uint32_t d, uint32_t half)
 {
-    float f = frequency(r->theta, d, half);
+    float f = frequency(r, r->theta, d);
     switch (r->scaling) {
     case CHOIR_ROPE_LINEAR:
         return f / r->factor;
@@ -130,7 +131,7 @@ static void fill_row(const rope_table *t, uint32_t position, float *cos_row, flo
         theta *= powf(r->factor * length / original - (r->factor - 1), n / (n - 2));
     }
     for (uint32_t d = 0; d < t->half; d++) {
-        float f = dynamic  ? frequency(theta, d, t->half)
+        float f = dynamic  ? frequency(r, theta, d)
                   : longer ? t->inv_freq_long[d]
                            : t->inv_freq[d];
         float angle = (float)position * f;

@@ -11,13 +11,12 @@ with torch and transformers."""
 import argparse
 import array
 import json
-import math
 import pathlib
 import re
 import subprocess
 import tempfile
-import time
-import urllib.request
+
+from llama_server import Llama, log_softmax
 
 N_TOKENS, N_WINDOWS = 60, 4
 
@@ -47,12 +46,6 @@ def choir_logits(a, model, ids):
     return [logits[i * vocab:(i + 1) * vocab] for i in range(len(ids))]
 
 
-def log_softmax(logits):
-    most = max(logits)
-    total = most + math.log(sum(math.exp(x - most) for x in logits))
-    return [x - total for x in logits]
-
-
 def against_transformers(a):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,30 +63,6 @@ def against_transformers(a):
         same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         print(f"{name:8} {len(ids)} tokens: largest difference {most:.2e}, {most / largest:.2e} of the largest logit; "
               f"best token the same at {same}", flush=True)
-
-
-class Llama:
-    def __init__(self, program, model, port=50871):
-        self.url = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen([program, "-m", model, "--port", str(port), "-c", "1024"],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(300):
-            try:
-                with urllib.request.urlopen(self.url + "/health"):
-                    return
-            except OSError:
-                time.sleep(0.1)
-        raise RuntimeError("llama-server did not start")
-
-    def best(self, ids):
-        body = json.dumps({"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": 20}).encode()
-        request = urllib.request.Request(self.url + "/completion", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            top = json.load(answer)["completion_probabilities"][0]["top_logprobs"]
-        return [(t["id"], t["logprob"]) for t in top]
-
-    def close(self):
-        self.process.kill()
 
 
 def against_llama_server(a):

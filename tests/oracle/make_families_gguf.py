@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """The small models of tests/fixtures/models as GGUF files, written by llama.cpp's own converter.
 
-  make_families_gguf.py LLAMA_CPP [NAME...]
+  make_families_gguf.py [--out FOLDER] [--f32] LLAMA_CPP [NAME...]
 
 LLAMA_CPP is llama.cpp's source (it lies in the PyPI source package llama-cpp-python). The converter knows tokenizers
 by the hash of what they make of a text; that of these models is ours, so it is told: byte-level BPE with single
-digits, which is "smollm". Weights stay as they are (BF16, F16, F32). Run from the source root with a Python that has
+digits, which is "smollm". Weights stay as they are (BF16, F16, F32), or are all F32. Run from the source root with a Python that has
 torch, transformers and safetensors."""
+import argparse
 import inspect
 import json
 import logging
@@ -17,7 +18,13 @@ import tempfile
 
 
 HERE = pathlib.Path("tests/fixtures/models")
-sys.path[:0] = [sys.argv[1] + "/gguf-py", sys.argv[1]]
+parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+parser.add_argument("--out", type=pathlib.Path, default=HERE)
+parser.add_argument("--f32", action="store_true")
+parser.add_argument("llama_cpp")
+parser.add_argument("names", nargs="*")
+arguments = parser.parse_args()
+sys.path[:0] = [arguments.llama_cpp + "/gguf-py", arguments.llama_cpp]
 import gguf  # noqa: E402
 import torch  # noqa: E402
 from conversion import ModelBase, ModelType, TextModel, get_model_architecture, get_model_class  # noqa: E402
@@ -70,16 +77,16 @@ def convert(name, target):
             if "set_vocab" in vars(base):
                 base.set_vocab = set_vocab
         kinds = {"bfloat16": "MOSTLY_BF16", "float16": "MOSTLY_F16", "float32": "ALL_F32"}
-        kind = gguf.LlamaFileType[kinds[config.get("dtype") or "bfloat16"]]
+        kind = gguf.LlamaFileType["ALL_F32" if arguments.f32 else kinds[config.get("dtype") or "bfloat16"]]
         with torch.inference_mode():
             model(folder, kind, target, eager=True, model_name="tiny " + name).write()
 
 
 if __name__ == "__main__":
     logging.disable(logging.INFO)
-    for wanted in sys.argv[2:] or [p.name for p in sorted(HERE.iterdir()) if p.is_dir() and p.name not in LEFT_OUT]:
+    for wanted in arguments.names or [p.name for p in sorted(HERE.iterdir()) if p.is_dir() and p.name not in LEFT_OUT]:
         try:
-            convert(wanted, HERE / f"{wanted}.gguf")
-            print(f"{wanted:20s} {(HERE / f'{wanted}.gguf').stat().st_size} bytes")
+            convert(wanted, arguments.out / f"{wanted}.gguf")
+            print(f"{wanted:20s} {(arguments.out / f'{wanted}.gguf').stat().st_size} bytes")
         except Exception as error:  # what the converter refuses is told, and the others go on
             print(f"{wanted:20s} not converted: {type(error).__name__}: {str(error)[:200]}")
