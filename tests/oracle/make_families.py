@@ -39,7 +39,7 @@ FAMILIES = {
     "llama4_standard": ("llama4", ["--layers", "4", "--experts", "5", "--config-json",
                                    '{"attention_chunk_size": 8192, "no_rope_layer_interval": 4, "floor_scale": 8192}']),
     "glm4_moe": ("glm4_moe", ["--experts", "8", "--groups", "4", "--topk", "3"]),
-    "dots1": ("dots1", ["--groups", "1"]),
+    "dots1": ("dots1", ["--groups", "1", "--kv-heads", "3"]),
     "ernie4_5_moe": ("ernie4_5_moe", ["--bias", "--tie"]),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", ["--kv-heads", "3"]),
     "minimax_m2": ("minimax_m2", []),

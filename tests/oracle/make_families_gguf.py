@@ -55,7 +55,7 @@ def adjust(config):
     if config["model_type"] == "phimoe":
         config["architectures"] = ["PhiMoEForCausalLM"]
         config["original_max_position_embeddings"] = config["max_position_embeddings"]
-    if config["model_type"] == "deepseek_v3":
+    if config["model_type"] in ("deepseek_v3", "dots1", "minimax_m2"):
         config["scoring_func"] = "sigmoid"
     rope = config.get("rope_parameters", {})
     if "full_attention" not in rope and "rope_theta" in rope:

@@ -76,13 +76,16 @@ def tokenizer_text():
 
 
 def hf_config():
-    for folder in sorted((fixtures / "models").iterdir()):
+    for folder in sorted(path for path in (fixtures / "models").iterdir() if path.is_dir()):
         config = json.loads((folder / "config.json").read_text())
         generation = json.loads((folder / "generation_config.json").read_text())
         generation |= {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40,
                        "repetition_penalty": 1.1, "eos_token_id": [2, 3]}
         write("hf_config_fuzz", folder.name, compact(config) + b"\0" + compact(generation))
         rope = config.pop("rope_parameters")
+        if "sliding_attention" in rope:
+            config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
         config["rope_theta"] = rope.pop("rope_theta")
         config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         config["sliding_window"] = 4096
