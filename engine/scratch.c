@@ -74,7 +74,6 @@ static void carve_always(choir_engine *e, carver *c)
     s->always_gate = carve(c, n * ffn, sizeof(float));
     s->always_up = carve(c, n * ffn, sizeof(float));
     s->always_weight = carve(c, n, sizeof(float));
-    s->q8_rows = carve(c, 1, choir_acts_q8_bytes((uint32_t)n, m->hidden));
     s->q8_always = carve(c, 1, choir_acts_q8_bytes((uint32_t)n, (uint32_t)ffn));
 }
 
@@ -87,6 +86,9 @@ static void carve_slots(choir_engine *e, carver *c)
     uint32_t ffn = m->expert_hidden, padded = (uint32_t)(n_slots + 16 * n_experts);
     s->q8_h_bytes = choir_acts_q8_bytes((uint32_t)max_of(n, padded), m->hidden) + 64 * n_experts;
     s->q8_h = carve(c, 1, s->q8_h_bytes);
+    /* Rows for all and slots of experts are there at once only beside a shared expert. */
+    s->q8_rows = s->q8_h;
+    if (m->shared_hidden > 0) s->q8_rows = carve(c, 1, choir_acts_q8_bytes((uint32_t)n, m->hidden));
     if (n_experts == 0) return;
     s->gate = carve(c, n_slots * ffn, sizeof(float));
     s->up = carve(c, n_slots * ffn, sizeof(float));

@@ -35,7 +35,7 @@ typedef struct strip_job {
     size_t ldy;
     quant_layout l;
     acts_layout acts;
-    __m256i table; /* of 4-bit codes, twice */
+    const uint8_t *table; /* of 4-bit codes */
 } strip_job;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -165,7 +165,8 @@ INLINE __m256i load_group(const strip_job *j, const uint8_t *codes, int g, int v
     const __m256i mask = _mm256_set1_epi8(15);
     __m256i both = load(codes + g / 2 * 64 + v * 32);
     __m256i nibbles = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(both, 4) : both, mask);
-    return _mm256_shuffle_epi8(j->table, nibbles);
+    __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)j->table));
+    return _mm256_shuffle_epi8(table, nibbles);
 }
 
 /* One block of 8-bit codes, or the part-th half of it where the halves have scales of their own. */
@@ -276,8 +277,7 @@ void choir_avx2_quant_matmul(const choir_matrix *w, const choir_acts *acts, floa
 {
     strip_job j = {.ldy = ldy, .l = choir_quant_layout(w), .acts = choir_acts_layout(w->cols)};
     strip_function run = function_for(w, &j.l);
-    j.table =
-        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)choir_code_tables[j.l.table]));
+    j.table = choir_code_tables[j.l.table];
     CHOIR_ASSERT(acts->q8 != NULL && begin % STRIP == 0);
     for (uint32_t first = 0; first < acts->n_rows; first += ROWS_AT_ONCE) {
         uint32_t left = acts->n_rows - first;
