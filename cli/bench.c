@@ -123,6 +123,22 @@ static choir_status open_bench(const values *v, const char *model, uint32_t larg
     return CHOIR_OK;
 }
 
+/* Products of one token in the layers: every matrix that it meets, of experts those it is routed to. */
+static double products_per_token(const choir_model_config *c)
+{
+    double products = 0;
+    for (uint32_t role = 0; role < CHOIR_N_ROLES; role++) {
+        uint64_t rows, cols;
+        choir_role_shape(c, role, &rows, &cols);
+        bool routed = role == CHOIR_ROLE_EXPERT_GATE || role == CHOIR_ROLE_EXPERT_UP ||
+                      role == CHOIR_ROLE_EXPERT_DOWN;
+        double met = routed ? c->n_experts_used : choir_role_count(c, role);
+        for (uint32_t l = 0; l < c->n_layers && rows > 1 && choir_role_per_layer(role); l++)
+            if (choir_role_in_layer(c, role, l)) products += met * (double)rows * (double)cols;
+    }
+    return products;
+}
+
 /* The time that one step of `rows` tokens takes at the machine's best: its weights are read once
  * (of the experts, those that so many tokens may meet), and every row is multiplied with what it
  * meets. */
@@ -133,10 +149,7 @@ static double best_step_s(const choir_engine *engine, const choir_peak *peak, do
     choir_engine_sizes s = choir_engine_memory(engine);
     double used = c->n_experts > 0 ? c->n_experts_used : 0, met = 0;
     if (c->n_experts > 0) met = rows * used < c->n_experts ? rows * used / c->n_experts : 1;
-    double ffn = c->n_experts > 0 ? used * c->expert_hidden : c->ffn_hidden;
-    double attention = 2.0 * (c->n_heads + c->n_kv_heads) * c->head_dim;
-    double products = rows * c->n_layers * c->hidden * (attention + 3 * ffn) +
-                      heads * c->hidden * (double)c->vocab;
+    double products = rows * products_per_token(c) + heads * c->hidden * (double)c->vocab;
     double reading = ((double)s.weight_bytes + met * (double)s.expert_bytes) / peak->bytes_per_s;
     double multiplying = 2 * products / peak->ops_per_s;
     return reading > multiplying ? reading : multiplying;

@@ -72,13 +72,20 @@ static void print_text(const choir_model_file *f, const choir_tokenizer *t, uint
     printf("  family      %s, from %s\n", choir_model_config_family(c), choir_model_file_kind(f));
     printf("  parameters  %.1f M in %s\n", (double)choir_model_file_n_parameters(f) / 1e6,
            choir_model_file_types(f));
-    printf("  layers      %u of hidden size %u; %u heads of %u over %u kv heads\n", c->n_layers,
-           c->hidden, c->n_heads, c->head_dim, c->n_kv_heads);
-    if (c->n_experts > 0)
-        printf("  experts     %u a layer, %u a token, FFN %u\n", c->n_experts, c->n_experts_used,
-               c->expert_hidden);
+    printf("  layers      %u of hidden size %u; ", c->n_layers, c->hidden);
+    if (choir_is_latent(c))
+        printf("%u heads over a latent of %u\n", c->n_heads, c->kv_lora_rank);
     else
-        printf("  FFN         %u, dense\n", c->ffn_hidden);
+        printf("%u heads of %u over %u kv heads\n", c->n_heads, c->head_dim, c->n_kv_heads);
+    uint32_t n_moe = 0;
+    for (uint32_t l = 0; l < c->n_layers; l++) n_moe += (c->layers[l] & CHOIR_LAYER_MOE) != 0;
+    if (n_moe > 0)
+        printf("  experts     %u in each of %u layers, %u a token, FFN %u\n", c->n_experts, n_moe,
+               c->n_experts_used, c->expert_hidden);
+    if (c->shared_hidden > 0)
+        printf("  shared      one expert for every token, FFN %u\n", c->shared_hidden);
+    if (n_moe < c->n_layers)
+        printf("  FFN         %u in %u dense layers\n", c->ffn_hidden, c->n_layers - n_moe);
     printf("  context     %u tokens, KV %s a token\n", c->max_positions,
            choir_format_bytes(choir_cli_kv_bytes_per_token(c, false), a));
     printf("  memory      %s dense, %s experts; on disk %s\n", choir_format_bytes(dense, a),

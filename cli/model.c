@@ -59,8 +59,7 @@ choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
 
 uint64_t choir_cli_kv_bytes_per_token(const choir_model_config *c, bool exact)
 {
-    return (uint64_t)c->n_layers * 2 * c->n_kv_heads * c->head_dim *
-           (exact ? sizeof(float) : sizeof(uint16_t));
+    return (uint64_t)c->n_layers * choir_kv_numbers(c) * (exact ? sizeof(float) : sizeof(uint16_t));
 }
 
 choir_status choir_cli_parse_ids(const char *what, const char *text, uint32_t limit, uint32_t **ids,

@@ -122,6 +122,12 @@ static inline uint32_t choir_kv_value_dim(const choir_model_config *c)
 {
     return choir_is_latent(c) ? c->kv_lora_rank : c->head_dim;
 }
+/* Numbers of a token and layer in the KV pages. */
+static inline uint32_t choir_kv_numbers(const choir_model_config *c)
+{
+    uint32_t values = choir_is_latent(c) ? 0 : choir_kv_value_dim(c);
+    return choir_kv_heads(c) * (choir_key_dim(c) + values);
+}
 /* The width of what the output projection takes. */
 static inline uint32_t choir_attended(const choir_model_config *c)
 {

@@ -155,8 +155,7 @@ choir_status choir_kv_create(choir_engine *e)
 {
     const choir_model_config *c = &e->config;
     size_t element = e->options.exact ? sizeof(float) : sizeof(uint16_t);
-    size_t numbers = choir_key_dim(c) + (choir_is_latent(c) ? 0 : choir_kv_value_dim(c));
-    e->layer_kv_bytes = choir_kv_heads(c) * CHOIR_PAGE_TOKENS * numbers * element;
+    e->layer_kv_bytes = (size_t)CHOIR_PAGE_TOKENS * choir_kv_numbers(c) * element;
     e->page_bytes = e->layer_kv_bytes * c->n_layers;
     uint64_t wanted = e->options.kv_bytes / e->page_bytes;
     if (e->options.kv_bytes == 0)

@@ -165,7 +165,7 @@ class Numbers(Case):
         got = json.loads(self.ok("info", self.moe, "--json"))
         self.assertEqual((got["family"], got["experts"], got["experts_per_token"]), ("mixtral", 4, 2))
         self.assertEqual(got["vocab"], self.vocab)
-        self.assertIn("experts     4 a layer", self.ok("info", self.moe))
+        self.assertIn("experts     4 in each of 2 layers", self.ok("info", self.moe))
 
     def test_logits_and_routes(self):
         out, routes = self.folder / "l.f32", self.folder / "r.jsonl"

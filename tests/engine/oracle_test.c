@@ -25,7 +25,7 @@ static const model models[] = {
     {"llama", true},           {"llama3rope", true},      {"yarn", true},
     {"linear", true},          {"dynamic", false},         {"mistral", false},
     {"qwen2", true},           {"qwen3", true},           {"gemma2", true},
-    {"gemma3", true},          {"phi3", true},            {"phi3_long", true},
+    {"gemma3", true},          {"gemma3_inside", false}, {"phi3", true},            {"phi3_long", true},
     {"granite", true},         {"smollm3", true},         {"mixtral", false},
     {"mixtral_odd", true},     {"qwen2_moe", false},      {"qwen2_moe_sparse", true},
     {"qwen3_moe", false},      {"qwen3_moe_odd", true},   {"olmoe", false},

@@ -49,6 +49,7 @@ FAMILIES = {
     "dynamic": ("dynamic", ["--max-pos", "40", "--max-prompt", "33"]),
     "gemma2": ("gemma2", []),
     "gemma3": ("gemma3", ["--layers", "6", "--inter", "48"]),
+    "gemma3_inside": ("gemma3", ["--layers", "2"]),
     "phi3": ("phi3", ["--hidden", "48"]),
     "phi3_long": ("phi3_long", []),
     "granite": ("granite", []),
@@ -73,6 +74,24 @@ def add_predicting_layer(folder):
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}, indent=2))
 
 
+def put_inside(folder, model_type, rename):
+    """The same as the text's part of a model that also sees: a configuration inside, other names, one more tower."""
+    from safetensors.torch import load_file, save_file
+    config = json.loads((folder / "config.json").read_text())
+    tensors = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["vision_tower.patch.weight"] = next(iter(tensors.values())).flatten()[:4].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    outer = {"model_type": model_type, "text_config": config, "vision_config": {}, "eos_token_id": config["eos_token_id"]}
+    (folder / "config.json").write_text(json.dumps(outer, indent=2))
+
+
+# As checkpoints before transformers 5 have it, and as it saves them.
+INSIDE = {
+    "llama4": ("llama4", lambda name: "language_model." + name),
+    "gemma3_inside": ("gemma3", lambda name: name.replace("model.", "model.language_model.", 1)),
+}
+
+
 def make(name, folder):
     family, more = FAMILIES[name]
     command = [sys.executable, HERE / "make_tiny.py", "--arch", family, "--out", folder / name, *COMMON]
@@ -81,6 +100,8 @@ def make(name, folder):
     subprocess.run(command + more, check=True, stderr=subprocess.DEVNULL)
     if name == "glm4_moe":
         add_predicting_layer(folder / name)
+    if name in INSIDE:
+        put_inside(folder / name, *INSIDE[name])
     subprocess.run([sys.executable, HERE / "make_references.py", folder, TARGET, name], check=True)
 
 

@@ -35,7 +35,7 @@ TextModel.does_token_look_special = lambda self, token: False
 
 # llama.gguf is make_tiny_gguf.py's; GGUF has no dynamic rope; a converted mistral loses its window, llama4 its chunks, qwen2_moe has dense
 # layers; the last three are large, and have odd twins.
-LEFT_OUT = ["llama", "dynamic", "mistral", "llama4", "qwen2_moe", "mixtral", "olmoe", "qwen3_moe"]
+LEFT_OUT = ["llama", "dynamic", "mistral", "llama4", "gemma3_inside", "qwen2_moe", "mixtral", "olmoe", "qwen3_moe"]
 
 
 def set_vocab(self):

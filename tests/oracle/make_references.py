@@ -25,6 +25,7 @@ for name in sys.argv[3:]:
     for file in source.glob(f"{name}/*.safetensors*"):
         shutil.copyfile(file, target / name / file.name)
     config = json.loads((source / name / "config.json").read_text())
+    config = config.get("text_config", config)
     z = np.load(source / name / "ref.npz")
     n_prompts = sum(k.endswith("_ids") for k in z.files)
     n_layers, vocab = config["num_hidden_layers"], config["vocab_size"]

@@ -78,6 +78,7 @@ def tokenizer_text():
 def hf_config():
     for folder in sorted(path for path in (fixtures / "models").iterdir() if path.is_dir()):
         config = json.loads((folder / "config.json").read_text())
+        config = config.get("text_config", config)
         generation = json.loads((folder / "generation_config.json").read_text())
         generation |= {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40,
                        "repetition_penalty": 1.1, "eos_token_id": [2, 3]}
