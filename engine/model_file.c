@@ -296,7 +296,7 @@ static bool locate(const choir_model_file *f, choir_role role, uint32_t layer, u
 {
     char other[256];
     name[0] = '\0';
-    for (uint32_t i = 0; i < 2; i++) {
+    for (uint32_t i = 0; i < CHOIR_MAX_PLACES; i++) {
         *place = choir_family_place(f->config.family, role, f->gguf != NULL, i);
         if (*place == NULL) continue;
         expand((*place)->name, layer, index, other, sizeof other);

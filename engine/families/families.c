@@ -59,7 +59,12 @@ const char *choir_family_nearest(const char *name, bool gguf, char *out, size_t 
         told[best] = true;
         const char *known =
             gguf ? families[best]->architectures[0] : families[best]->model_types[0];
-        if (strstr(out, known) != NULL) continue;
+        bool again = false; /* GGUF calls Mixtral llama too */
+        for (int i = 0; i < N_FAMILIES; i++) {
+            const char *other = gguf ? families[i]->architectures[0] : families[i]->model_types[0];
+            again = again || (i != best && told[i] && strcmp(other, known) == 0);
+        }
+        if (again) continue;
         n += (size_t)snprintf(out + n, bytes - n, "%s%s", n > 0 ? ", " : "", known);
         if (n >= bytes) break;
     }
@@ -161,12 +166,30 @@ static const choir_places common_gguf = {
     [CHOIR_ROLE_SHARED_ROUTER] = {"blk.%l.ffn_gate_inp_shexp.weight"},
 };
 
+/* Where tensors are that somebody has joined: transformers' own form of experts; llama.cpp's converter with
+ * --fuse-qkv. */
+static const choir_places joined_hf = {
+    [CHOIR_ROLE_EXPERT_GATE] = {LAYER "mlp.experts.gate_up_proj", CHOIR_PART_FIRST_HALF},
+    [CHOIR_ROLE_EXPERT_UP] = {LAYER "mlp.experts.gate_up_proj", CHOIR_PART_SECOND_HALF},
+    [CHOIR_ROLE_EXPERT_DOWN] = {LAYER "mlp.experts.down_proj"},
+};
+
+static const choir_places joined_gguf = {
+    [CHOIR_ROLE_ATTN_Q] = {"blk.%l.attn_qkv.weight", CHOIR_PART_Q},
+    [CHOIR_ROLE_ATTN_K] = {"blk.%l.attn_qkv.weight", CHOIR_PART_K},
+    [CHOIR_ROLE_ATTN_V] = {"blk.%l.attn_qkv.weight", CHOIR_PART_V},
+    [CHOIR_ROLE_ATTN_Q_BIAS] = {"blk.%l.attn_qkv.bias", CHOIR_PART_Q},
+    [CHOIR_ROLE_ATTN_K_BIAS] = {"blk.%l.attn_qkv.bias", CHOIR_PART_K},
+    [CHOIR_ROLE_ATTN_V_BIAS] = {"blk.%l.attn_qkv.bias", CHOIR_PART_V},
+};
+
 const choir_place *choir_family_place(const choir_family *f, choir_role role, bool gguf, uint32_t i)
 {
     const choir_place *own = gguf ? f->gguf : f->hf, *other = gguf ? f->gguf_other : f->hf_other;
     const choir_place *common = gguf ? common_gguf : common_hf;
     const choir_place *first = own != NULL && own[role].name != NULL ? &own[role] : &common[role];
     const choir_place *second = other != NULL && other[role].name != NULL ? &other[role] : NULL;
-    const choir_place *place = i == 0 ? first : i == 1 ? second : NULL;
+    const choir_place *third = gguf ? &joined_gguf[role] : &joined_hf[role];
+    const choir_place *place = i == 0 ? first : i == 1 ? second : third;
     return place != NULL && place->name != NULL ? place : NULL;
 }

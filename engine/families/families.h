@@ -82,5 +82,6 @@ const choir_family *choir_family_of_model_type(const char *model_type);
 const choir_family *choir_family_of_architecture(const char *architecture, bool moe);
 /* Known names by closeness to `name`, for an error: "llama, mistral, …". */
 const char *choir_family_nearest(const char *name, bool gguf, char *out, size_t bytes);
+enum { CHOIR_MAX_PLACES = 3 };
 /* The i-th place of a role in a Hugging Face folder or a GGUF file; NULL when there is no i-th. */
 const choir_place *choir_family_place(const choir_family *family, choir_role role, bool gguf, uint32_t i);

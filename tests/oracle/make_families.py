@@ -85,6 +85,21 @@ def put_inside(folder, model_type, rename):
     (folder / "config.json").write_text(json.dumps(outer, indent=2))
 
 
+def join_experts(folder):
+    """Experts stacked, gate over up, as transformers has them in memory."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        experts = [e for e in range(config["num_experts"]) if f"{prefix}{e}.up_proj.weight" in tensors]
+        if experts:
+            take = {part: [tensors.pop(f"{prefix}{e}.{part}_proj.weight") for e in experts] for part in ("gate", "up", "down")}
+            tensors[prefix + "gate_up_proj"] = torch.cat([torch.stack(take["gate"]), torch.stack(take["up"])], 1)
+            tensors[prefix + "down_proj"] = torch.stack(take["down"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 # As checkpoints before transformers 5 have it, and as it saves them.
 INSIDE = {
     "llama4": ("llama4", lambda name: "language_model." + name),
@@ -100,6 +115,8 @@ def make(name, folder):
     subprocess.run(command + more, check=True, stderr=subprocess.DEVNULL)
     if name == "glm4_moe":
         add_predicting_layer(folder / name)
+    if name == "qwen2_moe":
+        join_experts(folder / name)
     if name in INSIDE:
         put_inside(folder / name, *INSIDE[name])
     subprocess.run([sys.executable, HERE / "make_references.py", folder, TARGET, name], check=True)

@@ -37,6 +37,8 @@ TextModel.does_token_look_special = lambda self, token: False
 # layers; the last three are large, and have odd twins.
 LEFT_OUT = ["llama", "dynamic", "mistral", "llama4", "gemma3_inside", "qwen2_moe", "mixtral", "olmoe", "qwen3_moe"]
 
+JOINED = ["qwen2", "qwen3_moe_odd"]  # q, k and v in one tensor
+
 
 def set_vocab(self):
     self._set_vocab_gpt2()
@@ -79,7 +81,7 @@ def convert(name, target):
         kinds = {"bfloat16": "MOSTLY_BF16", "float16": "MOSTLY_F16", "float32": "ALL_F32"}
         kind = gguf.LlamaFileType["ALL_F32" if arguments.f32 else kinds[config.get("dtype") or "bfloat16"]]
         with torch.inference_mode():
-            model(folder, kind, target, eager=True, model_name="tiny " + name).write()
+            model(folder, kind, target, eager=True, model_name="tiny " + name, fuse_qkv=name in JOINED).write()
 
 
 if __name__ == "__main__":
