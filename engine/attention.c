@@ -158,11 +158,10 @@ static void attend(choir_engine *e, uint32_t l, const attention_item *item, uint
     size_t at = (size_t)item->first_row * c->n_heads;
     const float *q = (latent ? s->q_wide : s->q) + at * key_dim;
     float *out = (latent ? s->att_wide : s->att) + at * value_dim;
-    uint32_t group = c->n_heads / choir_kv_heads(c);
     if (e->options.exact) {
         for (uint32_t n = 0; n < item->n_queries; n++)
-            for (uint32_t g = 0; g < group; g++) {
-                uint32_t head = item->kv_head * group + g;
+            for (uint32_t head = item->first_head; head < item->first_head + item->n_heads;
+                 head++) {
                 size_t at_head = (size_t)n * c->n_heads + head;
                 attend_exactly(e, l, item, item->first_row + n, head, q + at_head * key_dim,
                                out + at_head * value_dim, s->attention_scratch[worker]);
@@ -177,6 +176,8 @@ static void attend(choir_engine *e, uint32_t l, const attention_item *item, uint
         .n_heads = c->n_heads,
         .n_kv_heads = choir_kv_heads(c),
         .kv_head = item->kv_head,
+        .first_head = item->first_head,
+        .n_block_heads = item->n_heads,
         .key_dim = (uint32_t)key_dim,
         .value_dim = (uint32_t)value_dim,
         .latent = latent,

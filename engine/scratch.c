@@ -32,7 +32,7 @@ static void carve_rows(choir_engine *e, carver *c)
     s->outputs = carve(c, n, sizeof *s->outputs);
     s->output_status = carve(c, n, sizeof *s->output_status);
     s->first_row = carve(c, e->options.max_spans, sizeof *s->first_row);
-    s->items = carve(c, n * choir_kv_heads(m), sizeof *s->items);
+    s->items = carve(c, n * choir_head_groups(m), sizeof *s->items);
     s->x = carve(c, n * m->hidden, sizeof(float));
     s->h = carve(c, n * m->hidden, sizeof(float));
     s->rope.cos = carve(c, n * half, sizeof(float));

@@ -47,9 +47,10 @@ typedef struct row {
     uint32_t span, token, position;
 } row;
 
-/* A piece of attention: one kv head, at most CHOIR_ATTENTION_QUERIES tokens of one span. */
+/* A piece of attention: one kv head, at most CHOIR_ATTENTION_HEADS of its query heads, at most
+ * CHOIR_ATTENTION_QUERIES tokens of one span. */
 typedef struct attention_item {
-    uint32_t span, first_row, n_queries, kv_head;
+    uint32_t span, first_row, n_queries, kv_head, first_head, n_heads;
 } attention_item;
 
 /* cos and sin of a step's rows: [R, rotary / 2]. */
@@ -63,7 +64,7 @@ typedef struct step {
     row *rows;                /* [R] */
     uint32_t *first_row;      /* [max_spans] a span's first row */
     uint32_t *outputs;        /* [R] rows that get logits, ascending */
-    attention_item *items;    /* [R * n_kv_heads] */
+    attention_item *items;    /* [R * choir_head_groups()] */
     atomic_uint next_item;    /* relaxed ticket: items are independent; results meet at a sync */
     float *x;                 /* [R, hidden] the residual stream */
     float *h;                 /* [R, hidden] normed; also the gathered output rows */
@@ -123,6 +124,13 @@ struct choir_engine {
     size_t scratch_bytes;
     _Atomic uint64_t n_steps; /* release by step(), acquire by the watchdog */
 };
+
+/* Pieces of attention that a token has: of each kv head its query heads, in groups. */
+static inline uint32_t choir_head_groups(const choir_model_config *c)
+{
+    uint32_t group = c->n_heads / choir_kv_heads(c);
+    return choir_kv_heads(c) * ((group + CHOIR_ATTENTION_HEADS - 1) / CHOIR_ATTENTION_HEADS);
+}
 
 /* engine/load.c */
 choir_status choir_engine_load_weights(choir_engine *engine, const choir_model_file *file)

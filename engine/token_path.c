@@ -68,13 +68,20 @@ static void add_attention_items(choir_engine *e, uint32_t span_index)
 {
     step *s = &e->step;
     const choir_span *span = &s->spans[span_index];
+    uint32_t group = e->config.n_heads / choir_kv_heads(&e->config);
     /* Cut at fixed distances from the span's start; a query's result does not depend on the cut. */
     for (uint32_t at = 0; at < span->n_tokens; at += CHOIR_ATTENTION_QUERIES) {
         uint32_t left = span->n_tokens - at;
         uint32_t n = left < CHOIR_ATTENTION_QUERIES ? left : CHOIR_ATTENTION_QUERIES;
-        for (uint32_t head = 0; head < choir_kv_heads(&e->config); head++)
-            s->items[s->n_items++] =
-                (attention_item){span_index, s->first_row[span_index] + at, n, head};
+        for (uint32_t kv = 0; kv < choir_kv_heads(&e->config); kv++)
+            for (uint32_t h = 0; h < group; h += CHOIR_ATTENTION_HEADS)
+                s->items[s->n_items++] = (attention_item){
+                    span_index,
+                    s->first_row[span_index] + at,
+                    n,
+                    kv,
+                    kv * group + h,
+                    group - h < CHOIR_ATTENTION_HEADS ? group - h : CHOIR_ATTENTION_HEADS};
     }
 }
 

@@ -97,7 +97,7 @@ typedef struct choir_acts {
 } choir_acts;
 size_t choir_acts_q8_bytes(uint32_t n_rows, uint32_t cols);
 
-/* One (sequence, kv head, block of query tokens). K and V of a layer in one page lie as f16
+/* One (sequence, kv head, some query heads of it, block of query tokens). K and V of a layer in one page lie as f16
  * K[n_kv_heads][page_tokens][key_dim] then V[n_kv_heads][page_tokens][value_dim], at
  * kv + pages[i] * page_stride. Latent attention (DeepSeek-AI 2024) has K alone: a value is the first
  * value_dim of its key. */
@@ -106,6 +106,7 @@ typedef struct choir_attention_block {
     float *out;     /* [n_queries, n_heads, value_dim]; may not alias q */
     uint32_t n_queries, position; /* of the first query; query i sees keys 0 .. position + i */
     uint32_t n_heads, n_kv_heads, kv_head, key_dim, value_dim, page_tokens;
+    uint32_t first_head, n_block_heads; /* the query heads to work on, all of kv_head */
     bool latent;
     uint32_t window; /* 0: all keys; else only the last `window` keys, the query's own included */
     uint32_t chunk;  /* 0, or only keys of the query's own chunk of so many positions (Llama 4) */
@@ -117,7 +118,8 @@ typedef struct choir_attention_block {
     size_t page_stride;
     float *scratch; /* choir_attention_scratch_floats() floats, 64-aligned, this worker's own */
 } choir_attention_block;
-enum { CHOIR_ATTENTION_QUERIES = 16 }; /* query tokens per block; fixed so that cuts never matter */
+/* Query tokens per block, and query heads that are best worked on together; results depend on neither. */
+enum { CHOIR_ATTENTION_QUERIES = 16, CHOIR_ATTENTION_HEADS = 8 };
 size_t choir_attention_scratch_floats(uint32_t n_heads, uint32_t key_dim, uint32_t value_dim);
 /* The first key that the query at `position` sees under a window and chunks (0: none). */
 static inline uint32_t choir_first_key(uint32_t position, uint32_t window, uint32_t chunk)

@@ -88,6 +88,7 @@ static void attend(const choir_kernels *k, const shape *s, const cache *c, const
     size_t floats = choir_attention_scratch_floats(s->n_heads, s->key_dim, value_dim_of(s));
     guarded scratch = check_alloc(floats * sizeof(float));
     size_t at = (size_t)first * s->n_heads;
+    uint32_t group = s->n_heads / s->n_kv_heads;
     for (uint32_t head = 0; head < s->n_kv_heads; head++)
         k->attention(&(choir_attention_block){.q = q + at * s->key_dim,
                                               .out = out + at * value_dim_of(s),
@@ -96,6 +97,8 @@ static void attend(const choir_kernels *k, const shape *s, const cache *c, const
                                               .n_heads = s->n_heads,
                                               .n_kv_heads = s->n_kv_heads,
                                               .kv_head = head,
+                                              .first_head = head * group,
+                                              .n_block_heads = group,
                                               .key_dim = s->key_dim,
                                               .value_dim = value_dim_of(s),
                                               .latent = s->latent,

@@ -118,6 +118,7 @@ static void bench_attention(const choir_kernels *k, uint32_t position, uint32_t 
                                .position = position,
                                .n_heads = HEADS,
                                .n_kv_heads = KV_HEADS,
+                               .n_block_heads = HEADS / KV_HEADS,
                                .key_dim = DIM,
                                .value_dim = DIM,
                                .page_tokens = PAGE,

@@ -16,7 +16,7 @@
 enum {
     LANES = 16,
     KEY_CHUNK = 64, /* keys between two updates of a running softmax */
-    HEAD_GROUP = 8, /* query heads worked on together */
+    HEAD_GROUP = CHOIR_ATTENTION_HEADS,
 };
 
 /* 2^f on [-0.5, 0.5] as 1 + f (c0 + c1 f + …), relative error 2e-9 before rounding; fitted for this

@@ -76,7 +76,6 @@ static void attend(const choir_attention_block *b, uint32_t query, uint32_t head
 
 void choir_reference_attention(const choir_attention_block *block)
 {
-    uint32_t group = block->n_heads / block->n_kv_heads;
     for (uint32_t i = 0; i < block->n_queries; i++)
-        for (uint32_t g = 0; g < group; g++) attend(block, i, block->kv_head * group + g);
+        for (uint32_t h = 0; h < block->n_block_heads; h++) attend(block, i, block->first_head + h);
 }

@@ -295,7 +295,7 @@ static void attend_heads(attention_work *w)
 
 static void attention(const choir_attention_block *block)
 {
-    uint32_t group = block->n_heads / block->n_kv_heads;
+    uint32_t group = block->n_block_heads;
     uint32_t heads = block->n_heads < HEAD_GROUP ? block->n_heads : HEAD_GROUP;
     attention_work w = {.b = block,
                         .key_dims = (block->key_dim + LANES - 1) / LANES * LANES,
@@ -308,7 +308,7 @@ static void attention(const choir_attention_block *block)
     w.sum = w.max + heads * CHOIR_ATTENTION_QUERIES;
     CHOIR_ASSERT(block->n_queries >= 1 && block->n_queries <= CHOIR_ATTENTION_QUERIES);
     for (uint32_t g = 0; g < group; g += HEAD_GROUP) {
-        w.first_head = block->kv_head * group + g;
+        w.first_head = block->first_head + g;
         w.n_heads = group - g < HEAD_GROUP ? group - g : HEAD_GROUP;
         attend_heads(&w);
     }
