@@ -97,7 +97,12 @@ static choir_status read_key(const reader *r, const choir_key *key, choir_model_
     bool flag = false;
     /* A family may have the default that its configuration class has. */
     bool needed = key->needed && choir_config_count(c, key) == 0;
-    if (key->hf == NULL || (value == NULL && !needed)) return CHOIR_OK;
+    if (key->hf == NULL) return CHOIR_OK;
+    if (value == NULL && !needed) {
+        /* A key that is null is none, whatever the family starts from: no soft cap, no window. */
+        if (json_object_get(r->root, key->hf) != NULL) choir_config_set(c, key, 0);
+        return CHOIR_OK;
+    }
     switch (key->kind) {
     case CHOIR_KEY_COUNT:
         CHOIR_TRY(read_count(r, key->hf, needed, &count));
@@ -308,6 +313,15 @@ static choir_status refuse_unknown(const reader *r, const choir_model_config *c)
     return CHOIR_OK;
 }
 
+/* Settings that are words, or switch others off. */
+static void read_switches(const reader *r, choir_model_config *c)
+{
+    const json_t *method = get(r->root, "topk_method"), *tuned = get(r->root, "attn_temperature_tuning");
+    if (json_is_string(method) && strcmp(json_string_value(method), "greedy") == 0) c->gate.n_groups = 0;
+    if (json_is_false(tuned) || (json_is_integer(tuned) && json_integer_value(tuned) == 0))
+        c->temperature_floor = 0;
+}
+
 /* layer_types lists them, or the family's rule holds. */
 static choir_status read_windows(const reader *r, choir_model_config *c)
 {
@@ -404,6 +418,7 @@ static choir_status read_config(const reader *r, choir_model_config *c)
     CHOIR_TRY(refuse_unknown(r, c));
     CHOIR_TRY(read_keys(r, choir_common_keys, c));
     CHOIR_TRY(read_keys(r, family->keys, c));
+    read_switches(r, c);
     CHOIR_TRY(read_layers(r, c));
     CHOIR_TRY(read_rope(r, c));
     choir_config_settle(c, false);

@@ -605,19 +605,14 @@ static void find_prefix(choir_model_file *f)
 static choir_status check_layers(const choir_model_file *f)
 {
     const choir_model_config *c = &f->config;
-    bool any = false;
     for (uint32_t l = 0; l < c->n_layers; l++) {
         bool moe = (c->layers[l] & CHOIR_LAYER_MOE) != 0;
-        any = any || moe;
         if (!moe && c->ffn_hidden == 0)
             return choir_fail(CHOIR_E_FORMAT,
                               "%s: layer %u has no router, and the configuration gives no "
                               "width for dense layers",
                               f->path, l);
     }
-    if (c->family->moe && !any)
-        return choir_fail(CHOIR_E_FORMAT, "%s: '%s' has no layer with a router", f->path,
-                          c->family->name);
     return CHOIR_OK;
 }
 

@@ -34,10 +34,14 @@ static const choir_key keys[] = {
     {0},
 };
 
-/* GGUF files call all of them deepseek2; a sigmoid is V3's. */
+/* GGUF files call all of them deepseek2; a sigmoid is V3's. transformers scales V2's weights and never divides
+ * them by their sum, whatever norm_topk_prob says. */
 static void settle(choir_model_config *c, bool gguf)
 {
-    if (gguf) c->gate.group_by_two = c->gate.kind == CHOIR_GATE_SIGMOID;
+    if (gguf)
+        c->gate.group_by_two = c->gate.kind == CHOIR_GATE_SIGMOID;
+    else
+        c->gate.normalise = false;
 }
 
 #define SHARED                                                                                     \

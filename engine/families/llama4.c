@@ -29,7 +29,7 @@ static const choir_key keys[] = {
 
 static void settle(choir_model_config *c, bool gguf)
 {
-    (void)gguf;
+    if (gguf && c->n_experts == 128) c->qk_norm_unweighted = false; /* Maverick, which GGUF does not tell */
     c->qk_norm_after_rope = c->qk_norm_unweighted;
 }
 

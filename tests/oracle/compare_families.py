@@ -25,6 +25,23 @@ TEXTS = ["H", "free software is a matter of liberty, not price. " * 2,
          "This program is distributed in the hope that it will be useful, but WITHOUT ANY WARRANTY; without even the "
          "implied warranty of MERCHANTABILITY."]
 GROUPS = {"deepseek_v2_group": 4, "deepseek_v3": 4}
+# Settings that some files have and others not; every second model gets one.
+VARIANTS = {
+    "llama": [{"attention_bias": True, "mlp_bias": True}],
+    "qwen2": [{"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}],
+    "qwen3": [{"attention_bias": True}],
+    "gemma2": [{"attn_logit_softcapping": None, "final_logit_softcapping": None}],
+    "phi3": [{"sliding_window": None}],
+    "mixtral": [{"sliding_window": 9}],
+    "phimoe": [{"sliding_window": 9}, {"attention_bias": False, "lm_head_bias": False}],
+    "qwen2_moe": [{"mlp_only_layers": [0], "norm_topk_prob": True}, {"decoder_sparse_step": 2, "qkv_bias": False}],
+    "qwen3_moe": [{"norm_topk_prob": False}, {"mlp_only_layers": [1]}],
+    "olmoe": [{"norm_topk_prob": True}],
+    "deepseek_v2": [{"norm_topk_prob": True, "routed_scaling_factor": 3.0}],
+    "deepseek_v3": [{"rope_interleave": False}, {"norm_topk_prob": False}, {"q_lora_rank": None}],
+    "llama4": [{"attn_temperature_tuning": False, "use_qk_norm": False}],
+    "glm4_moe": [{"use_qk_norm": False, "attention_bias": False}],
+}
 
 
 def shape(family, rng):
@@ -44,7 +61,8 @@ def shape(family, rng):
                 window=rng.randint(3, 40), vocab=rng.randint(270, 330), dtype=rng.choice(["bf16", "f16", "f32"]),
                 shard_size=rng.choice(["50GB", "60KB"]), tie=rng.random() < 0.3, bias=rng.random() < 0.5,
                 seed=rng.randint(1, 10 ** 6), rope_theta=rng.choice([1e4, 5e5]), max_pos=256,
-                max_prompt=rng.choice([33, 60, 90]), new=8)
+                max_prompt=rng.choice([33, 60, 90]), new=8,
+                config_json=json.dumps(rng.choice(VARIANTS.get(family, [{}]) if rng.random() < 0.5 else [{}])))
 
 
 def make(family, folder, rng):
