@@ -122,10 +122,10 @@ static choir_status bad_shape(const choir_model_file *f, const char *name, const
 }
 
 /* The rows and columns that the whole tensor must have for its part to be [rows, cols]. */
-static void whole_shape(const choir_model_config *c, choir_part part, uint64_t *rows,
+static void whole_shape(const choir_model_config *c, choir_part part, bool vector, uint64_t *rows,
                         uint64_t *cols)
 {
-    uint64_t *n = *rows == 1 ? cols : rows; /* a vector is cut along its elements */
+    uint64_t *n = vector ? cols : rows; /* a vector is cut along its elements */
     switch (part) {
     case CHOIR_PART_ALL:
         break;
@@ -270,9 +270,9 @@ static choir_status slice_of(const choir_model_file *f, const char *name, const 
     const choir_model_config *c = &f->config;
     uint64_t rows, cols;
     choir_role_shape(c, role, &rows, &cols);
-    bool vector = rows == 1, turned = place->part == CHOIR_PART_HEAD_K;
+    bool vector = choir_role_is_vector(role), turned = place->part == CHOIR_PART_HEAD_K;
     whole_tensor s = {.rows = rows, .cols = cols};
-    whole_shape(c, place->part, &s.rows, &s.cols);
+    whole_shape(c, place->part, vector, &s.rows, &s.cols);
     CHOIR_TRY(whole(f, name, t, place, choir_role_count(c, role), index, &s));
     if (vector && place->part != CHOIR_PART_ALL && s.col_stride == 0)
         return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: tensor '%s' is a part of quantised numbers",
@@ -630,6 +630,8 @@ static choir_status open_any(choir_model_file *f)
     CHOIR_TRY(check_layers(f));
     CHOIR_TRY(check_tensors(f));
     CHOIR_TRY(check_leftovers(f));
+    choir_free(f->claimed);
+    f->claimed = NULL; /* from here on files are read-only */
     count_types(f);
     return CHOIR_OK;
 }

@@ -90,6 +90,7 @@ void choir_role_shape(const choir_model_config *config, choir_role role, uint64_
 bool choir_role_in_layer(const choir_model_config *config, choir_role role, uint32_t layer);
 bool choir_role_per_layer(choir_role role);
 bool choir_role_optional(choir_role role);
+bool choir_role_is_vector(choir_role role);
 /* 1, or the number of experts or heads that have each their own. */
 uint32_t choir_role_count(const choir_model_config *config, choir_role role);
 const char *choir_role_text(choir_role role); /* "ATTN_Q" */

@@ -71,7 +71,8 @@ typedef struct choir_model_config {
     uint32_t sliding_window, attention_chunk; /* 0: none */
     float attention_scale;                    /* of q k */
     float attention_softcap;                  /* 0: none */
-    float temperature_floor, temperature_scale; /* layers without rope: q (1 + scale log(1 + floor((p + 1) / floor))) */
+    /* Layers without rope: q (1 + scale log(1 + floor((position + 1) / floor))); floor 0: no such thing. */
+    float temperature_floor, temperature_scale;
     choir_qk_norm qk_norm;
     bool qk_norm_after_rope, qk_norm_unweighted; /* unweighted: only in layers with rope */
     choir_rope_config rope, window_rope; /* window_rope.theta 0: layers with a window have the same rope */
@@ -98,7 +99,8 @@ typedef struct choir_model_config {
 
     int32_t bos_id, eos_ids[CHOIR_MAX_EOS], pad_id; /* -1: none */
     uint32_t n_eos;
-    /* from generation_config.json or GGUF's general.sampling; negative or 0 (temperature: negative) = not given */
+    /* from generation_config.json or GGUF's general.sampling; negative or 0 (temperature: negative) =
+     * not given */
     float temperature, top_p;
     int32_t top_k;
     float repetition_penalty;

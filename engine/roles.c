@@ -132,6 +132,10 @@ bool choir_role_per_layer(choir_role role)
 {
     return roles[role].where != MODEL;
 }
+bool choir_role_is_vector(choir_role role)
+{
+    return roles[role].rows == DIM_ONE;
+}
 bool choir_role_optional(choir_role role)
 {
     return roles[role].when == OPTIONAL;

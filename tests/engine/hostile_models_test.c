@@ -1,5 +1,5 @@
-/* Models of every kind of file with something wrong in their descriptions: refused in a sentence, or run without
- * a fault. The sanitizers watch. */
+/* Models with something wrong in their descriptions: refused in a sentence, or run without a fault.
+ * The sanitizers watch. */
 #include "tests/engine/sequence.h"
 
 #include <setjmp.h>
@@ -12,9 +12,10 @@
 
 #include <cmocka.h>
 
-/* Latent attention and groups; MXFP4, biases and sinks; norms after blocks and two ropes; fused tensors and
- * rope's divisors; another layout of experts. */
-static const char *const models[] = {"deepseek_v3", "gpt_oss_mxfp4", "gemma3", "phi3_long", "mixtral_odd"};
+/* Latent attention and groups; MXFP4, biases and sinks; norms after blocks and two ropes; fused
+ * tensors and rope's divisors; another layout of experts. */
+static const char *const models[] = {"deepseek_v3", "gpt_oss_mxfp4", "gemma3", "phi3_long",
+                                     "mixtral_odd"};
 
 static uint64_t state_of_dice = 4711;
 
@@ -55,8 +56,8 @@ static choir_status open_and_step(const char *path, bool exact)
     return CHOIR_OK;
 }
 
-/* Where the metadata of the model (not the tokenizer's long lists) and the tensors' table lie, bytes are
- * changed at random. */
+/* Where the metadata of the model (not the tokenizer's long lists) and the tensors' table lie,
+ * bytes are changed at random. */
 static void change_bytes(const char *name, uint32_t n_rounds)
 {
     char path[256], copy[] = "/tmp/choir-hostile-XXXXXX";
@@ -77,7 +78,8 @@ static void change_bytes(const char *name, uint32_t n_rounds)
         for (int i = 0; i < n_changes; i++) {
             at[i] = below(2) ? 24 + below((uint32_t)head - 24) : first + below(2500);
             old[i] = data[at[i]];
-            data[at[i]] = (char)(below(3) == 0 ? below(256) : (unsigned char)old[i] ^ (1U << below(8)));
+            data[at[i]] =
+                (char)(below(3) == 0 ? below(256) : (unsigned char)old[i] ^ (1U << below(8)));
         }
         write_file(copy, data, n);
         n_opened += open_and_step(copy, round % 2 == 0) == CHOIR_OK;
@@ -106,11 +108,13 @@ static void test_renamed_tensors(void **state)
         assert_int_equal(choir_file_read(path, 1 << 20, &data, &n), CHOIR_OK);
         close(mkstemp(copy));
         char *at = data;
-        for (uint32_t found = 0; (at = memmem(at, n - (size_t)(at - data), "blk.1.", 6)) != NULL; found++) {
+        for (uint32_t found = 0; (at = memmem(at, n - (size_t)(at - data), "blk.1.", 6)) != NULL;
+             found++) {
             at[6] ^= 1;
             write_file(copy, data, n);
             choir_status status = open_and_step(copy, true);
-            if (status != CHOIR_E_NOT_FOUND && status != CHOIR_E_UNIMPLEMENTED && status != CHOIR_E_FORMAT)
+            if (status != CHOIR_E_NOT_FOUND && status != CHOIR_E_UNIMPLEMENTED &&
+                status != CHOIR_E_FORMAT)
                 fail_msg("%s: %.30s renamed: status %d", models[i], at, (int)status);
             at[6] ^= 1;
             at += 6;
