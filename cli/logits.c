@@ -32,29 +32,31 @@ typedef struct job {
 
 enum { CHUNK = 64 };
 
+static choir_status write_route(job *j, uint32_t layer, uint32_t token, size_t at)
+{
+    json_t *experts = json_array(), *weights = json_array();
+    for (uint32_t i = 0; i < choir_engine_config(j->engine)->n_experts_used; i++) {
+        json_array_append_new(experts, json_integer(j->routes.experts[at + i]));
+        json_array_append_new(weights, json_real((double)j->routes.weights[at + i]));
+    }
+    json_t *line = json_pack("{s:i, s:i, s:o, s:o}", "layer", (int)layer, "token", (int)token,
+                             "experts", experts, "weights", weights);
+    char *text = json_dumps(line, JSON_COMPACT | JSON_REAL_PRECISION(9));
+    choir_status status = text == NULL ? choir_fail(CHOIR_E_NO_MEMORY, "no memory for the routes")
+                                       : choir_save_write(&j->routes_out, text, strlen(text));
+    if (status == CHOIR_OK) status = choir_save_write(&j->routes_out, "\n", 1);
+    free(text);
+    json_decref(line);
+    return status;
+}
+
+/* Dense layers among the others route nothing, so they have no lines. */
 static choir_status write_routes(job *j, uint32_t first, uint32_t n)
 {
     const choir_model_config *c = choir_engine_config(j->engine);
-    uint32_t k = c->n_experts_used;
     for (uint32_t l = 0; l < c->n_layers; l++)
-        for (uint32_t t = 0; t < n; t++) {
-            size_t at = ((size_t)l * n + t) * k;
-            json_t *experts = json_array(), *weights = json_array();
-            for (uint32_t i = 0; i < k; i++) {
-                json_array_append_new(experts, json_integer(j->routes.experts[at + i]));
-                json_array_append_new(weights, json_real((double)j->routes.weights[at + i]));
-            }
-            json_t *line = json_pack("{s:i, s:i, s:o, s:o}", "layer", (int)l, "token",
-                                     (int)(first + t), "experts", experts, "weights", weights);
-            char *text = json_dumps(line, JSON_COMPACT | JSON_REAL_PRECISION(9));
-            choir_status status = text == NULL
-                                      ? choir_fail(CHOIR_E_NO_MEMORY, "no memory for the routes")
-                                      : choir_save_write(&j->routes_out, text, strlen(text));
-            if (status == CHOIR_OK) status = choir_save_write(&j->routes_out, "\n", 1);
-            free(text);
-            json_decref(line);
-            CHOIR_TRY(status);
-        }
+        for (uint32_t t = 0; (c->layers[l] & CHOIR_LAYER_MOE) != 0 && t < n; t++)
+            CHOIR_TRY(write_route(j, l, first + t, ((size_t)l * n + t) * c->n_experts_used));
     return CHOIR_OK;
 }
 

@@ -168,7 +168,8 @@ void check_bench(const choir_kernels *k)
     peaks p = measure_peaks();
     printf("%s: one core; peaks with AVX2: int8 %.0f GOPS, f32 %.0f GOPS\n", k->name, 2e-9 * p.int8,
            2e-9 * p.f32);
-    static const choir_dtype types[] = {CHOIR_Q4_1, CHOIR_Q8_0, CHOIR_Q4_K, CHOIR_Q6_K, CHOIR_F16};
+    static const choir_dtype types[] = {CHOIR_Q4_1, CHOIR_Q8_0,  CHOIR_Q4_K,
+                                        CHOIR_Q6_K, CHOIR_MXFP4, CHOIR_F16};
     bool slow = k->level == CHOIR_CPU_REFERENCE;
     for (uint32_t i = 0; i < sizeof types / sizeof *types; i++)
         for (uint32_t n = 1; n <= (slow ? 4 : 512); n = n == 1 ? 4 : n == 4 ? 16 : n * 32)
