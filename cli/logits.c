@@ -135,6 +135,8 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     choir_status status;
     CHOIR_TRY(choir_cli_engine_options(&v->engine, &o));
     o.max_rows = o.max_spans = CHUNK;
+    o.max_context = 1; /* as many as there are commas, and one */
+    for (const char *p = v->tokens; *p != '\0'; p++) o.max_context += *p == ',';
     o.kv_bytes = (uint64_t)256 << 20;
     CHOIR_TRY_TO(done, status, choir_cli_open_engine(arguments->positional[0], &o, &j.engine));
     const choir_model_config *c = choir_engine_config(j.engine);

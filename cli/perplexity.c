@@ -103,6 +103,7 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     choir_status status;
     choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
     CHOIR_TRY(choir_cli_engine_options(&v->engine, &o));
+    o.max_context = (uint32_t)v->context;
     o.max_rows = v->context < 512 ? (uint32_t)v->context : 512;
     if (o.max_spans > o.max_rows) o.max_spans = o.max_rows;
     CHOIR_TRY(choir_file_read(v->file, MAX_TEXT_BYTES, &text, &bytes));

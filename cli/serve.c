@@ -172,6 +172,7 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
     char path[4096], a[16], b[16];
     choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
     CHOIR_TRY(choir_cli_engine_options(&v->engine, &o));
+    o.max_context = (uint32_t)v->max_model_len;
     CHOIR_TRY(choir_cli_find_model(model, path, sizeof path));
     CHOIR_TRY(kv_budget(v, path, n_models, &o.kv_bytes));
     o.max_rows = (uint32_t)v->max_num_batched_tokens;

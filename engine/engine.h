@@ -25,6 +25,8 @@ typedef struct choir_engine_options {
     uint64_t kv_bytes;      /* memory for KV pages; 0: enough for max_rows tokens */
     uint32_t max_rows;      /* rows (tokens) of one step, at most */
     uint32_t max_spans;     /* sequences of one step, at most */
+    uint32_t max_context;   /* tokens of the longest sequence to come; 0: the model's own. Longrope's long
+                             * divisors are for those beyond the original context, and hold for all then */
     bool show_progress;     /* a bar on stderr while loading */
 } choir_engine_options;
 #define CHOIR_ENGINE_OPTIONS_DEFAULT                                                               \

@@ -6,9 +6,9 @@
 
 struct rope_table {
     const choir_rope_config *config;
-    uint32_t half; /* frequencies: rotary_dims / 2 */
-    float *inv_freq,
-        *inv_freq_long; /* [half]; the latter for positions beyond the original context */
+    uint32_t half;          /* frequencies: rotary_dims / 2 */
+    float attention_factor; /* of cos and sin */
+    float *inv_freq;        /* [half] */
 };
 
 /* Base frequencies theta^(-2d / n), f32 as the reference implementations have them. */
@@ -83,60 +83,65 @@ static choir_status read_divisors(choir_engine *e, const choir_model_file *file,
 }
 
 static choir_status create(choir_engine *e, const choir_rope_config *config, const float *divisors,
-                           const float *long_divisors, rope_table **out)
+                           float attention_factor, rope_table **out)
 {
     uint32_t half = config->rotary_dims / 2;
     rope_table *t = choir_arena_alloc(e->vectors, sizeof *t);
-    float *values = choir_arena_alloc(e->vectors, (size_t)2 * half * sizeof *values);
+    float *values = choir_arena_alloc(e->vectors, (size_t)half * sizeof *values);
     if (t == NULL || values == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for rope");
-    *t = (rope_table){config, half, values, values + half};
+    *t = (rope_table){config, half, attention_factor, values};
     for (uint32_t d = 0; d < half; d++) {
         float f = scaled(config, d, half);
         t->inv_freq[d] = divisors != NULL ? f / divisors[d] : f;
-        t->inv_freq_long[d] = long_divisors != NULL ? f / long_divisors[d] : t->inv_freq[d];
     }
     *out = t;
     return CHOIR_OK;
 }
 
+/* Longrope: which set of divisors holds, the one for sequences beyond the original context or the
+ * other (docs/decisions/0006). */
+static bool is_long(const choir_engine *e)
+{
+    uint32_t most = e->config.max_positions, wanted = e->options.max_context;
+    if (wanted > 0 && wanted < most) most = wanted;
+    return e->config.rope.scaling == CHOIR_ROPE_LONGROPE &&
+           most > e->config.rope.original_max_positions;
+}
+
 choir_status choir_rope_create(choir_engine *e, const choir_model_file *file)
 {
     const choir_model_config *c = &e->config;
-    bool divided = c->rope.scaling == CHOIR_ROPE_LONGROPE,
-         folder = choir_model_file_gguf(file) == NULL;
-    const float *divisors, *short_divisors, *long_divisors;
-    CHOIR_TRY(read_divisors(e, file, CHOIR_ROLE_ROPE_FACTORS, NULL, &divisors));
-    CHOIR_TRY(read_divisors(e, file, CHOIR_ROLE_ROPE_SHORT,
-                            divided && folder ? c->short_divisors : divisors, &short_divisors));
-    CHOIR_TRY(read_divisors(e, file, CHOIR_ROLE_ROPE_LONG,
-                            divided && folder ? c->long_divisors : divisors, &long_divisors));
-    CHOIR_TRY(create(e, &c->rope, short_divisors, long_divisors, &e->rope));
-    return c->window_rope.theta > 0 ? create(e, &c->window_rope, NULL, NULL, &e->window_rope)
-                                    : CHOIR_OK;
+    bool longer = is_long(e);
+    const float *divisors = NULL;
+    if (c->rope.scaling == CHOIR_ROPE_LONGROPE && choir_model_file_gguf(file) == NULL)
+        divisors = longer ? c->long_divisors : c->short_divisors;
+    CHOIR_TRY(read_divisors(e, file, CHOIR_ROLE_ROPE_FACTORS, divisors, &divisors));
+    CHOIR_TRY(read_divisors(e, file, longer ? CHOIR_ROLE_ROPE_LONG : CHOIR_ROLE_ROPE_SHORT,
+                            divisors, &divisors));
+    float factor = longer ? c->rope.long_attention_factor : c->rope.attention_factor;
+    CHOIR_TRY(create(e, &c->rope, divisors, factor, &e->rope));
+    if (c->window_rope.theta == 0) return CHOIR_OK;
+    return create(e, &c->window_rope, NULL, c->window_rope.attention_factor, &e->window_rope);
 }
 
-/* A position beyond the original context stretches the base (NTK) or takes the other divisors. A
- * row depends on its own position alone, so that chunks and batches never matter; a token by token
- * decode of Hugging Face's implementation does the same, see docs/decisions/0006. */
+/* Dynamic scaling: a position beyond the original context stretches the base (NTK). A row depends
+ * on its own position alone, so that chunks and batches never matter; decoding token by token,
+ * Hugging Face's implementation does the same (docs/decisions/0006). */
 static void fill_row(const rope_table *t, uint32_t position, float *cos_row, float *sin_row)
 {
     const choir_rope_config *r = t->config;
-    bool beyond = r->original_max_positions > 0 && position >= r->original_max_positions;
-    bool dynamic = beyond && r->scaling == CHOIR_ROPE_DYNAMIC;
-    bool longer = beyond && r->scaling == CHOIR_ROPE_LONGROPE;
-    float factor = longer ? r->long_attention_factor : r->attention_factor, theta = r->theta;
-    if (dynamic) {
+    bool stretched = r->scaling == CHOIR_ROPE_DYNAMIC && position >= r->original_max_positions;
+    float theta = r->theta;
+    if (stretched) {
         float n = (float)(2 * t->half), length = (float)position + 1;
         float original = (float)r->original_max_positions;
         theta *= powf(r->factor * length / original - (r->factor - 1), n / (n - 2));
     }
     for (uint32_t d = 0; d < t->half; d++) {
-        float f = dynamic  ? frequency(r, theta, d)
-                  : longer ? t->inv_freq_long[d]
-                           : t->inv_freq[d];
+        float f = stretched ? frequency(r, theta, d) : t->inv_freq[d];
         float angle = (float)position * f;
-        cos_row[d] = cosf(angle) * factor;
-        sin_row[d] = sinf(angle) * factor;
+        cos_row[d] = cosf(angle) * t->attention_factor;
+        sin_row[d] = sinf(angle) * t->attention_factor;
     }
 }
 

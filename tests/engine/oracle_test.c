@@ -44,6 +44,7 @@ static choir_engine *open_engine(const char *name, const char *ending, bool exac
     o.exact = exact;
     o.n_threads = 2;
     o.max_rows = 128;
+    o.max_context = 128; /* longrope's original context */
     snprintf(path, sizeof path, "tests/fixtures/models/%s%s", name, ending);
     choir_engine *engine;
     if (choir_engine_open(path, &o, &engine) != CHOIR_OK) fail_msg("%s", choir_error_message());
