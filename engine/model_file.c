@@ -541,6 +541,13 @@ static choir_status open_gguf(choir_model_file *f)
 {
     choir_text source;
     CHOIR_TRY(choir_gguf_open(f->path, &f->gguf));
+    int64_t n_files;
+    if (choir_gguf_integer(f->gguf, "split.count", &n_files) && n_files > 1)
+        return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                          "%s is one of %" PRId64
+                          " files of a split model, and Choir reads whole ones; "
+                          "llama.cpp's llama-gguf-split --merge joins them",
+                          f->path, n_files);
     CHOIR_TRY(choir_config_read_gguf(f->path, f->gguf, &f->config));
     choir_map map;
     CHOIR_TRY(choir_map_open(f->path, &map));
