@@ -158,8 +158,13 @@ def test_ping_flood_is_cheap_and_sent_away(shared, choir, help):
     assert goaway is None or b"too_many_pings" in goaway[3]
     peer.close()
     assert help.ids(list(choir.Generate(help.request(), timeout=60)))
-    after = choir.GetStats(help.pb.GetStatsRequest(), timeout=5).server.resident_bytes
-    assert after < before + (400 << 20)  # a sanitizer keeps 256 MiB of what was freed
+    # A sanitizer keeps 256 MiB of what was freed, and gives the rest back in its own time.
+    for _ in range(60):
+        after = choir.GetStats(help.pb.GetStatsRequest(), timeout=5).server.resident_bytes
+        if after < before + (400 << 20):
+            break
+        time.sleep(0.5)
+    assert after < before + (400 << 20)
 
 
 def test_huge_headers_are_refused(shared, choir, help):
