@@ -185,3 +185,15 @@ choir_engine_sizes choir_engine_memory(const choir_engine *e)
                                 .scratch_bytes = e->scratch_bytes,
                                 .file_bytes = e->file_bytes};
 }
+
+choir_experts_stats choir_engine_expert_stats(const choir_engine *e)
+{
+    choir_experts_stats stats;
+    choir_experts_get_stats(e->experts, &stats);
+    return stats;
+}
+
+uint32_t choir_engine_n_experts_pinned(const choir_engine *e)
+{
+    return choir_experts_n_pinned(e->experts);
+}

@@ -2,7 +2,8 @@
  * OWNS    Packed weights, the KV pages' memory, step scratch, the worker threads.
  * THREADS One engine thread calls step() and the KV calls; config and tokenizer: any thread.
  * ERRORS  A step fails as a whole only for bugs; a span whose logits are NaN or Inf fails alone
- *         (span->status CHOIR_E_DATA_LOSS).
+ *         (span->status CHOIR_E_DATA_LOSS), as does one whose expert cannot be read; CHOIR_E_UNAVAILABLE:
+ *         the disk keeps its expert waiting, the same span may be given again.
  * LIMITS  step() allocates nothing once warm. The caller owns page numbers: who holds which page is the
  *         scheduler's matter.
  * NEXT    engine/token_path.c: the path of a token, read aloud; scheduler/scheduler.h above. */
@@ -15,6 +16,7 @@
 #include "engine/safetensors.h"
 #include "engine/sampler.h"
 #include "engine/tokenizer.h"
+#include "experts/experts.h"
 
 typedef struct choir_engine choir_engine;
 
@@ -27,10 +29,20 @@ typedef struct choir_engine_options {
     uint32_t max_spans;     /* sequences of one step, at most */
     uint32_t max_context;   /* tokens of the longest sequence to come; 0: the model's own. Longrope's long
                              * divisors are for those beyond the original context, and hold for all then */
+    uint64_t expert_bytes;  /* memory for experts: the others are streamed; 0: all are resident */
+    uint32_t max_expert_slots; /* 0: as many as fit */
+    choir_io io;            /* how they are read */
+    choir_policy_kind policy; /* who stays in memory */
+    uint64_t stall_ns;      /* a step waits so long for a disk that gives nothing */
+    choir_disk *disk;       /* NULL, or taken over: tests */
     bool show_progress;     /* a bar on stderr while loading */
 } choir_engine_options;
 #define CHOIR_ENGINE_OPTIONS_DEFAULT                                                               \
-    ((choir_engine_options){.level = CHOIR_CPU_N_LEVELS, .max_rows = 512, .max_spans = 64})
+    ((choir_engine_options){.level = CHOIR_CPU_N_LEVELS,                                           \
+                            .max_rows = 512,                                                       \
+                            .max_spans = 64,                                                       \
+                            .policy = CHOIR_POLICY_DEFAULT,                                        \
+                            .stall_ns = CHOIR_SECOND})
 
 choir_status choir_engine_open(const char *path, const choir_engine_options *options,
                                choir_engine **out) CHOIR_MUST_USE;
@@ -78,6 +90,7 @@ typedef struct choir_span {
     float *ffn_inputs;       /* NULL, or [n_layers, n_tokens, hidden]: what each layer's FFN was given */
     choir_sample sample;     /* out, when sampler */
     choir_status status;     /* out */
+    int32_t missing_layer, missing_expert; /* out: -1, or the expert that the status is about */
 } choir_span;
 
 /* Σ n_tokens <= max_rows, n_spans <= max_spans. Spans are independent: a span's bits depend on nothing
@@ -94,6 +107,9 @@ typedef struct choir_engine_sizes {
     uint64_t weight_bytes, expert_bytes, kv_bytes, scratch_bytes, file_bytes;
 } choir_engine_sizes;
 choir_engine_sizes choir_engine_memory(const choir_engine *engine);
+/* Of streamed experts; `streamed` is false when all are resident. Engine thread. */
+choir_experts_stats choir_engine_expert_stats(const choir_engine *engine);
+uint32_t choir_engine_n_experts_pinned(const choir_engine *engine); /* 0 between steps */
 const char *choir_engine_path(const choir_engine *engine);
 /* XXH3 over all tensors' bytes as the file has them: changes whenever the weights do. */
 uint64_t choir_engine_digest(const choir_engine *engine);

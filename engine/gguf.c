@@ -447,3 +447,14 @@ const choir_gguf_tensor *choir_gguf_find_tensor(const choir_gguf *g, const char 
                                (const char *)g->tensors, sizeof *g->tensors);
     return *slot == 0 ? NULL : &g->tensors[*slot - 1];
 }
+
+const void *choir_gguf_data(const choir_gguf *g, size_t *bytes)
+{
+    *bytes = g->bytes;
+    return g->data;
+}
+
+const char *choir_gguf_path(const choir_gguf *g)
+{
+    return g->name;
+}

@@ -19,6 +19,10 @@ choir_status choir_gguf_parse(const char *name, const void *data, size_t bytes, 
     CHOIR_MUST_USE;
 void choir_gguf_close(choir_gguf *gguf);
 
+/* The whole file as it lies in memory, and its path. */
+const void *choir_gguf_data(const choir_gguf *gguf, size_t *bytes);
+const char *choir_gguf_path(const choir_gguf *gguf);
+
 /* Typed look-ups: true when the key is there with that kind. Integers are widened; a bool is an integer. */
 bool choir_gguf_integer(const choir_gguf *gguf, const char *key, int64_t *out);
 bool choir_gguf_real(const choir_gguf *gguf, const char *key, double *out);

@@ -107,29 +107,63 @@ static choir_status load_router(loader *l, uint32_t layer_index, choir_matrix *o
     return CHOIR_OK;
 }
 
+static choir_status read_expert_biases(loader *l, uint32_t layer_index, uint32_t x,
+                                       choir_expert *to)
+{
+    float *gate, *up, *down;
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_EXPERT_GATE_BIAS, layer_index, x, &gate));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_EXPERT_UP_BIAS, layer_index, x, &up));
+    CHOIR_TRY(read_vector(l, CHOIR_ROLE_EXPERT_DOWN_BIAS, layer_index, x, &down));
+    to->gate_bias = gate;
+    to->up_bias = up;
+    to->down_bias = down;
+    return CHOIR_OK;
+}
+
+static const choir_role expert_roles[] = {CHOIR_ROLE_EXPERT_GATE, CHOIR_ROLE_EXPERT_UP,
+                                          CHOIR_ROLE_EXPERT_DOWN};
+
+/* Streamed experts are not read now: the store learns where they lie. */
+static choir_status place_experts(loader *l, uint32_t layer_index)
+{
+    choir_engine *e = l->engine;
+    for (uint32_t x = 0; x < e->config.n_experts; x++) {
+        choir_expert planned = {0};
+        choir_matrix *parts[] = {&planned.gate, &planned.up, &planned.down};
+        choir_slice slices[3];
+        uint64_t digest;
+        for (int i = 0; i < 3; i++) {
+            choir_tensor t;
+            CHOIR_TRY(
+                choir_model_file_slice(l->file, expert_roles[i], layer_index, x, &slices[i]));
+            choir_slice_is_tensor(&slices[i], &t); /* its shape, wherever it lies */
+            if (e->options.exact)
+                *parts[i] = choir_matrix_exact(&t);
+            else
+                CHOIR_TRY(choir_matrix_plan(&t, parts[i]));
+            parts[i]->data = NULL;
+        }
+        CHOIR_TRY(read_expert_biases(l, layer_index, x, &planned));
+        CHOIR_TRY(choir_stream_place(e, l->file, layer_index, x, slices, &planned, &digest));
+        atomic_fetch_add_explicit(&l->digest, digest * (l->n_tensors++ | 1), memory_order_relaxed);
+    }
+    return CHOIR_OK;
+}
+
 static choir_status plan_experts(loader *l, uint32_t layer_index)
 {
     choir_engine *e = l->engine;
+    if (e->options.expert_bytes > 0) return place_experts(l, layer_index);
     uint32_t n = e->config.n_experts, first_job = l->n_jobs;
     choir_expert *experts = choir_calloc(CHOIR_MEM_SCRATCH, n, sizeof *experts);
     if (experts == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory to load experts");
     choir_status status = CHOIR_OK;
     for (uint32_t x = 0; x < n; x++) {
-        float *gate, *up, *down;
-        CHOIR_TRY_TO(done, status,
-                     plan_matrix(l, CHOIR_ROLE_EXPERT_GATE, layer_index, x, &experts[x].gate));
-        CHOIR_TRY_TO(done, status,
-                     plan_matrix(l, CHOIR_ROLE_EXPERT_UP, layer_index, x, &experts[x].up));
-        CHOIR_TRY_TO(done, status,
-                     plan_matrix(l, CHOIR_ROLE_EXPERT_DOWN, layer_index, x, &experts[x].down));
-        CHOIR_TRY_TO(done, status,
-                     read_vector(l, CHOIR_ROLE_EXPERT_GATE_BIAS, layer_index, x, &gate));
-        CHOIR_TRY_TO(done, status, read_vector(l, CHOIR_ROLE_EXPERT_UP_BIAS, layer_index, x, &up));
-        CHOIR_TRY_TO(done, status,
-                     read_vector(l, CHOIR_ROLE_EXPERT_DOWN_BIAS, layer_index, x, &down));
-        experts[x].gate_bias = gate;
-        experts[x].up_bias = up;
-        experts[x].down_bias = down;
+        choir_matrix *parts[] = {&experts[x].gate, &experts[x].up, &experts[x].down};
+        for (int i = 0; i < 3; i++)
+            CHOIR_TRY_TO(done, status,
+                         plan_matrix(l, expert_roles[i], layer_index, x, parts[i]));
+        CHOIR_TRY_TO(done, status, read_expert_biases(l, layer_index, x, &experts[x]));
     }
     CHOIR_TRY_TO(done, status, choir_experts_reserve(e->experts, layer_index, experts));
     /* The store holds the matrices now; the jobs point there. */
@@ -323,6 +357,22 @@ static int larger_first(const void *a, const void *b)
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
+static choir_status create_store(choir_engine *e, const choir_model_file *file)
+{
+    choir_experts_options o = CHOIR_EXPERTS_OPTIONS_DEFAULT;
+    if (e->config.n_experts == 0) e->options.expert_bytes = 0;
+    o.n_layers = e->config.n_layers;
+    o.n_experts = e->config.n_experts;
+    o.io = e->options.io;
+    o.policy = e->options.policy;
+    o.stall_ns = e->options.stall_ns;
+    o.disk = e->options.disk;
+    o.unpack = choir_stream_unpack;
+    o.user = e;
+    CHOIR_TRY(choir_experts_create(&o, &e->experts));
+    return e->options.expert_bytes > 0 ? choir_stream_create(e, file) : CHOIR_OK;
+}
+
 choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *file)
 {
     const choir_model_config *c = &e->config;
@@ -337,9 +387,13 @@ choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *
         goto done;
     }
     CHOIR_TRY_TO(done, status, choir_arena_create(CHOIR_MEM_WEIGHTS, 1 << 20, &e->vectors));
-    CHOIR_TRY_TO(done, status, choir_experts_create(c->n_layers, c->n_experts, &e->experts));
+    CHOIR_TRY_TO(done, status, create_store(e, file));
     CHOIR_TRY_TO(done, status, plan_all(&l));
     CHOIR_TRY_TO(done, status, place_dense(&l));
+    if (e->options.expert_bytes > 0)
+        CHOIR_TRY_TO(done, status,
+                     choir_experts_start(e->experts, e->options.expert_bytes,
+                                         e->options.max_expert_slots));
     qsort(l.jobs, l.n_jobs, sizeof *l.jobs, larger_first);
     char what[96];
     snprintf(what, sizeof what, "loading %.80s", c->name);
@@ -359,6 +413,7 @@ done:
 void choir_engine_free_weights(choir_engine *e)
 {
     choir_experts_destroy(e->experts);
+    choir_free(e->slices);
     choir_arena_destroy(e->vectors);
     choir_free(e->layers);
     choir_free_pages(CHOIR_MEM_WEIGHTS, e->weights, e->weight_bytes);

@@ -676,6 +676,36 @@ void choir_model_file_close(choir_model_file *f)
     choir_free(f);
 }
 
+uint32_t choir_model_file_n_parts(const choir_model_file *f)
+{
+    return f->gguf != NULL ? 1 : f->n_shards;
+}
+
+const char *choir_model_file_part_path(const choir_model_file *f, uint32_t part)
+{
+    return f->gguf != NULL ? choir_gguf_path(f->gguf) : choir_safetensors_path(f->shards[part]);
+}
+
+bool choir_model_file_locate(const choir_model_file *f, const void *data, uint32_t *part,
+                             uint64_t *offset)
+{
+    for (uint32_t i = 0; i < choir_model_file_n_parts(f); i++) {
+        size_t bytes;
+        const uint8_t *base, *at = data;
+        if (f->gguf != NULL) {
+            base = choir_gguf_data(f->gguf, &bytes);
+        } else {
+            base = choir_safetensors_data(f->shards[i]);
+            bytes = choir_safetensors_bytes(f->shards[i]);
+        }
+        if (at < base || at >= base + bytes) continue;
+        *part = i;
+        *offset = (uint64_t)(at - base);
+        return true;
+    }
+    return false;
+}
+
 const char *choir_model_config_family(const choir_model_config *c)
 {
     return c->family->name;

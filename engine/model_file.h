@@ -109,6 +109,8 @@ typedef struct choir_slice {
 } choir_slice;
 
 size_t choir_slice_bytes(const choir_slice *slice); /* of rows x cols in dtype */
+/* Bytes from `data` to the end of the last element, what lies between included; scales apart. */
+size_t choir_slice_span(const choir_slice *slice);
 /* True when it lies as a tensor does, and can be used where it is. */
 bool choir_slice_is_tensor(const choir_slice *slice, choir_tensor *out);
 /* Writes choir_slice_bytes() bytes, row after row. */
@@ -136,6 +138,12 @@ choir_status choir_model_file_slice(const choir_model_file *file, choir_role rol
 /* The same where it lies as a tensor does; CHOIR_E_UNIMPLEMENTED where it does not. */
 choir_status choir_model_file_tensor(const choir_model_file *file, choir_role role, uint32_t layer,
                                      uint32_t index, choir_tensor *out) CHOIR_MUST_USE;
+
+/* The files that the tensors lie in, and where in which a slice's bytes are; false: not in a file. */
+uint32_t choir_model_file_n_parts(const choir_model_file *file);
+const char *choir_model_file_part_path(const choir_model_file *file, uint32_t part);
+bool choir_model_file_locate(const choir_model_file *file, const void *data, uint32_t *part,
+                             uint64_t *offset);
 
 /* The model's own Jinja chat template, or NULL; lent until close. */
 const char *choir_model_file_chat_template(const choir_model_file *file);

@@ -78,31 +78,113 @@ static uint32_t n_slots_of(const choir_plan *plan, uint32_t expert)
     return plan->first[expert + 1] - plan->first[expert];
 }
 
-/* One worker: groups the rows by expert, finds each expert's area, pins it. All experts are
- * resident, so a pin cannot fail. */
+static float weight_of(const choir_plan *plan, uint32_t expert)
+{
+    float sum = 0;
+    for (uint32_t slot = plan->first[expert]; slot < plan->first[expert + 1]; slot++)
+        sum += plan->weights[plan->slots[slot]];
+    return sum;
+}
+
+/* The experts that were collected compute in the next wave; those that were just read are checked
+ * before. */
+static void sort_out(choir_engine *e, uint32_t l, const uint16_t *ids, uint32_t n)
+{
+    step *s = &e->step;
+    s->n_wave = s->n_arrived = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint16_t x = ids[i];
+        if (choir_experts_unchecked(e->experts, l, x))
+            s->arrived[s->n_arrived++] = x;
+        else
+            s->wave[s->n_wave++] = x;
+    }
+    for (uint32_t i = 0; i < s->n_wave; i++)
+        s->pinned[s->wave[i]] = choir_experts_admit(e->experts, l, s->wave[i]);
+    s->more = s->n_arrived > 0 || choir_experts_pending(e->experts);
+}
+
+/* One worker: groups the rows by expert, finds each expert's area, asks for all experts at once. What
+ * is in reach makes the first wave; the others arrive while it computes. */
 static void open_experts(choir_engine *e, uint32_t l)
 {
     step *s = &e->step;
     choir_plan_group(s->plan, s->n_rows);
     size_t in_at = 0, ffn_at = 0;
+    uint32_t n_uses = 0;
     for (uint32_t x = 0; x < e->config.n_experts; x++) {
         uint32_t n = n_slots_of(s->plan, x);
         s->pinned[x] = NULL;
+        s->computed[x] = false;
         if (n == 0) continue;
-        choir_status status = choir_experts_pin(e->experts, l, x, &s->pinned[x]);
-        CHOIR_ASSERT(status == CHOIR_OK);
+        s->uses[n_uses++] = (choir_expert_use){x, n, weight_of(s->plan, x)};
         s->q8_in_at[x] = in_at;
         s->q8_ffn_at[x] = ffn_at;
         in_at += (choir_acts_q8_bytes(n, e->config.hidden) + 63) & ~(size_t)63;
         ffn_at += (choir_acts_q8_bytes(n, e->config.expert_hidden) + 63) & ~(size_t)63;
     }
     CHOIR_ASSERT(e->options.exact || (in_at <= s->q8_h_bytes && ffn_at <= s->q8_ffn_bytes));
+    choir_experts_request(e->experts, l, s->uses, n_uses);
+    sort_out(e, l, s->wave, choir_experts_collect(e->experts, false, s->wave));
 }
 
-static void close_experts(choir_engine *e, uint32_t l)
+static void close_wave(choir_engine *e, uint32_t l)
 {
-    for (uint32_t x = 0; x < e->config.n_experts; x++)
-        if (e->step.pinned[x] != NULL) choir_experts_unpin(e->experts, l, x);
+    step *s = &e->step;
+    for (uint32_t i = 0; i < s->n_wave; i++) {
+        choir_experts_release(e->experts, l, s->wave[i]);
+        s->pinned[s->wave[i]] = NULL;
+    }
+    s->n_wave = 0;
+}
+
+/* Rows whose expert does not come go on without it, and their spans' answers are void. */
+static void give_up_missing(choir_engine *e, uint32_t l)
+{
+    step *s = &e->step;
+    uint32_t n = choir_experts_missing(e->experts, s->missing);
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t x = s->missing[i].expert;
+        for (uint32_t slot = s->plan->first[x]; slot < s->plan->first[x + 1]; slot++) {
+            choir_span *span = &s->spans[s->rows[s->plan->slots[slot] / s->plan->k].span];
+            /* What is lost counts for more than what is late. */
+            if (span->status == CHOIR_E_DATA_LOSS) continue;
+            span->status = s->missing[i].status;
+            span->missing_layer = (int32_t)l;
+            span->missing_expert = (int32_t)x;
+        }
+    }
+}
+
+/* One worker: the next experts to be checked, or none. */
+static void await_experts(choir_engine *e, uint32_t l)
+{
+    step *s = &e->step;
+    close_wave(e, l);
+    if (s->n_arrived > 0) return; /* left over from the first wave */
+    uint32_t n = choir_experts_collect(e->experts, true, s->arrived);
+    if (n == 0 && choir_experts_pending(e->experts)) give_up_missing(e, l);
+    s->n_arrived = n;
+}
+
+static void check_arrived(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    for (uint32_t i = worker; i < s->n_arrived; i += n_workers)
+        choir_experts_check(e->experts, l, s->arrived[i]);
+}
+
+/* One worker: what was found right makes the next wave. */
+static void admit_arrived(choir_engine *e, uint32_t l)
+{
+    step *s = &e->step;
+    for (uint32_t i = 0; i < s->n_arrived; i++) {
+        uint16_t x = s->arrived[i];
+        s->pinned[x] = choir_experts_admit(e->experts, l, x);
+        if (s->pinned[x] != NULL) s->wave[s->n_wave++] = x;
+    }
+    s->n_arrived = 0;
+    s->more = choir_experts_pending(e->experts);
 }
 
 /* Copies each slot's row beside the others of its expert, weighed already where the model says so.
@@ -121,21 +203,48 @@ static void gather(choir_engine *e, uint32_t worker, uint32_t n_workers)
     }
 }
 
-/* Quantises the worker's share of slots; each expert's slots lie in an area of their own. */
-static void quantize_slots(choir_engine *e, const float *x, uint32_t cols, uint8_t *q8,
-                           const size_t *at, uint32_t worker, uint32_t n_workers)
+/* Slots' rows and their quantised twins: each expert's slots lie in an area of their own. */
+typedef struct slot_rows {
+    const float *x; /* [S, cols] */
+    uint32_t cols;
+    uint8_t *q8;
+    const size_t *at; /* [n_experts] */
+} slot_rows;
+
+/* Quantises those of the expert's slots whose numbers, counted from `first`, are in [begin, end). */
+static void quantize_slots(choir_engine *e, const slot_rows *r, uint32_t expert, uint64_t first,
+                           uint64_t begin, uint64_t end)
+{
+    uint64_t last = first + n_slots_of(e->step.plan, expert);
+    uint64_t b = begin > first ? begin : first, n = end < last ? end : last;
+    if (b < n)
+        e->kernels->quantize(r->x + (size_t)e->step.plan->first[expert] * r->cols, r->cols,
+                             r->q8 + r->at[expert], (uint32_t)(b - first), (uint32_t)(n - first));
+}
+
+/* The worker's share of all slots. */
+static void quantize_inputs(choir_engine *e, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
-    if (e->options.exact) return;
+    const slot_rows r = {s->slot_in, e->config.hidden, s->q8_h, s->q8_in_at};
     uint64_t begin, end;
+    if (e->options.exact) return;
     choir_share((uint64_t)s->n_rows * s->plan->k, 1, worker, n_workers, &begin, &end);
-    for (uint32_t expert = 0; expert < e->config.n_experts; expert++) {
-        uint64_t first = s->plan->first[expert], last = s->plan->first[expert + 1];
-        uint64_t b = begin > first ? begin : first, n = end < last ? end : last;
-        if (b < n)
-            e->kernels->quantize(x + first * cols, cols, q8 + at[expert], (uint32_t)(b - first),
-                                 (uint32_t)(n - first));
-    }
+    for (uint32_t x = 0; x < e->config.n_experts; x++)
+        quantize_slots(e, &r, x, s->plan->first[x], begin, end);
+}
+
+/* The worker's share of the wave's slots. */
+static void quantize_activated(choir_engine *e, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    const slot_rows r = {s->gate, e->config.expert_hidden, s->q8_ffn, s->q8_ffn_at};
+    uint64_t begin, end, total = 0, first = 0;
+    if (e->options.exact) return;
+    for (uint32_t i = 0; i < s->n_wave; i++) total += n_slots_of(s->plan, s->wave[i]);
+    choir_share(total, 1, worker, n_workers, &begin, &end);
+    for (uint32_t i = 0; i < s->n_wave; first += n_slots_of(s->plan, s->wave[i++]))
+        quantize_slots(e, &r, s->wave[i], first, begin, end);
 }
 
 static void activate(const choir_engine *e, const float *up, uint32_t n, float *gate)
@@ -173,9 +282,8 @@ static void gate_and_up(choir_engine *e, const choir_expert *expert, const choir
     }
 }
 
-/* Adds each slot's output to its row, weighted, over the worker's own columns. Experts ascend, so a
- * row's sum has one order whatever the batch. */
-static void down_and_mix(choir_engine *e, uint32_t expert, uint32_t worker, uint32_t n_workers)
+/* Each slot's output over the worker's own columns. */
+static void down(choir_engine *e, uint32_t expert, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
     const choir_plan *p = s->plan;
@@ -189,13 +297,28 @@ static void down_and_mix(choir_engine *e, uint32_t expert, uint32_t worker, uint
                            n_slots_of(p, expert), ffn};
     e->kernels->matmul(&x->down, &in, s->slot_out + (size_t)first * hidden, hidden, (uint32_t)begin,
                        (uint32_t)end);
-    for (uint32_t slot = first; slot < p->first[expert + 1]; slot++) {
-        size_t i = p->slots[slot] / p->k;
-        float *y = s->slot_out + (size_t)slot * hidden + begin;
-        float weight = e->config.weigh_input ? 1 : p->weights[p->slots[slot]];
-        if (x->down_bias != NULL) e->kernels->add(y, x->down_bias + begin, n);
-        e->kernels->add_scaled(s->x + i * hidden + begin, y, weight * e->config.residual_scale, n);
-    }
+    for (uint32_t slot = first; x->down_bias != NULL && slot < p->first[expert + 1]; slot++)
+        e->kernels->add(s->slot_out + (size_t)slot * hidden + begin, x->down_bias + begin, n);
+}
+
+/* Adds each slot's output to its row, weighted, over the worker's own columns. Experts ascend, so a
+ * row's sum has one order, whatever the batch and whoever arrived first. */
+static void mix(choir_engine *e, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    const choir_plan *p = s->plan;
+    uint32_t hidden = e->config.hidden;
+    uint64_t begin, end;
+    choir_share(hidden, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
+    uint32_t n = (uint32_t)(end - begin);
+    for (uint32_t x = 0; n > 0 && x < e->config.n_experts; x++)
+        for (uint32_t slot = p->first[x]; s->computed[x] && slot < p->first[x + 1]; slot++) {
+            size_t i = p->slots[slot] / p->k;
+            float weight = e->config.weigh_input ? 1 : p->weights[p->slots[slot]];
+            e->kernels->add_scaled(s->x + i * hidden + begin,
+                                   s->slot_out + (size_t)slot * hidden + begin,
+                                   weight * e->config.residual_scale, n);
+        }
 }
 
 /* The shared expert's part, after those of the routed ones. */
@@ -228,25 +351,15 @@ static void quantize_always(choir_engine *e, const choir_expert *x, uint32_t wor
                              (uint32_t)end);
 }
 
-static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
+/* The experts in reach: slot_out = down(act(gate) · up) of their slots. `always`: NULL, or the shared
+ * expert, which computes beside the first wave. */
+static void run_wave(choir_engine *e, const choir_expert *always, uint32_t worker,
+                     uint32_t n_workers)
 {
     step *s = &e->step;
-    const choir_expert *always = &e->layers[l].always;
-    bool shared = always->gate.rows > 0;
-    uint32_t n = e->config.n_experts, hidden = e->config.hidden, ffn = e->config.expert_hidden;
-    route(e, l, worker, n_workers);
-    if (shared) weigh_always(e, l, worker, n_workers);
-    choir_workers_sync(e->workers);
-
-    if (worker == 0) open_experts(e, l);
-    choir_workers_sync(e->workers);
-
-    gather(e, worker, n_workers);
-    quantize_slots(e, s->slot_in, hidden, s->q8_h, s->q8_in_at, worker, n_workers);
-    choir_workers_sync(e->workers);
-
-    for (uint32_t x = 0; x < n; x++) {
-        if (s->pinned[x] == NULL) continue;
+    uint32_t hidden = e->config.hidden, ffn = e->config.expert_hidden;
+    for (uint32_t i = 0; i < s->n_wave; i++) {
+        uint16_t x = s->wave[i];
         size_t first = s->plan->first[x];
         const choir_acts in = {s->slot_in + first * hidden, s->q8_h + s->q8_in_at[x],
                                n_slots_of(s->plan, x), hidden};
@@ -254,18 +367,57 @@ static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
                     n_workers);
     }
     const choir_acts rows = {s->h, s->q8_rows, s->n_rows, hidden};
-    if (shared) gate_and_up(e, always, &rows, s->always_gate, s->always_up, worker, n_workers);
+    if (always != NULL)
+        gate_and_up(e, always, &rows, s->always_gate, s->always_up, worker, n_workers);
     choir_workers_sync(e->workers);
 
-    quantize_slots(e, s->gate, ffn, s->q8_ffn, s->q8_ffn_at, worker, n_workers);
-    if (shared) quantize_always(e, always, worker, n_workers);
+    quantize_activated(e, worker, n_workers);
+    if (always != NULL) quantize_always(e, always, worker, n_workers);
     choir_workers_sync(e->workers);
 
-    for (uint32_t x = 0; x < n; x++)
-        if (s->pinned[x] != NULL) down_and_mix(e, x, worker, n_workers);
-    if (shared) mix_always(e, always, worker, n_workers);
+    for (uint32_t i = 0; i < s->n_wave; i++) {
+        down(e, s->wave[i], worker, n_workers);
+        if (worker == 0) s->computed[s->wave[i]] = true;
+    }
+}
+
+/* Waits for experts that are being read, and checks them. */
+static void next_wave(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
+{
+    choir_workers_sync(e->workers); /* the wave before is done with its experts */
+    if (worker == 0) await_experts(e, l);
     choir_workers_sync(e->workers);
-    if (worker == 0) close_experts(e, l);
+    check_arrived(e, l, worker, n_workers);
+    choir_workers_sync(e->workers);
+    if (worker == 0) admit_arrived(e, l);
+    choir_workers_sync(e->workers);
+}
+
+static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    const choir_expert *always = e->layers[l].always.gate.rows > 0 ? &e->layers[l].always : NULL;
+    route(e, l, worker, n_workers);
+    if (always != NULL) weigh_always(e, l, worker, n_workers);
+    choir_workers_sync(e->workers);
+
+    if (worker == 0) open_experts(e, l);
+    choir_workers_sync(e->workers);
+
+    gather(e, worker, n_workers);
+    quantize_inputs(e, worker, n_workers);
+    choir_workers_sync(e->workers);
+
+    run_wave(e, always, worker, n_workers);
+    while (s->more) {
+        next_wave(e, l, worker, n_workers);
+        run_wave(e, NULL, worker, n_workers);
+    }
+    choir_workers_sync(e->workers); /* computed[] is seen by all */
+    mix(e, worker, n_workers);
+    if (always != NULL) mix_always(e, always, worker, n_workers);
+    choir_workers_sync(e->workers);
+    if (worker == 0) close_wave(e, l);
 }
 
 static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)

@@ -162,6 +162,16 @@ size_t choir_slice_bytes(const choir_slice *s)
     return (size_t)s->rows * choir_dtype_row_bytes(s->dtype, s->cols);
 }
 
+size_t choir_slice_span(const choir_slice *s)
+{
+    if (s->scales != NULL) return (s->rows - 1) * s->row_stride + s->cols / 32 * 16;
+    if (s->source != s->dtype) return s->cols * s->col_stride; /* its rows are the columns here */
+    size_t row = s->col_stride == 0
+                     ? choir_dtype_row_bytes(s->dtype, s->cols)
+                     : (s->cols - 1) * s->col_stride + choir_dtype_block_bytes(s->dtype);
+    return (s->rows - 1) * s->row_stride + row;
+}
+
 bool choir_slice_is_tensor(const choir_slice *s, choir_tensor *out)
 {
     size_t row = choir_dtype_row_bytes(s->dtype, s->cols);

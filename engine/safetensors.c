@@ -10,7 +10,9 @@ enum { MAX_HEADER_BYTES = 100000000 };
 
 struct choir_safetensors {
     choir_map map;
+    char *path; /* as told at the opening */
     json_t *header; /* names and types are lent from it */
+    const uint8_t *data;
     size_t bytes, n;
     choir_safetensor *tensors; /* by name */
 };
@@ -135,6 +137,7 @@ static choir_status parse(const char *name, const uint8_t *data, size_t bytes, c
         return choir_fail(CHOIR_E_FORMAT, "%s: bad JSON header: %s (byte %d)", name,
                           s->header == NULL ? error.text : "not an object", error.position);
     s->bytes = bytes;
+    s->data = data;
     s->tensors = choir_calloc(CHOIR_MEM_OTHER, json_object_size(s->header) + 1, sizeof *s->tensors);
     if (s->tensors == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", name);
     const char *key;
@@ -155,7 +158,9 @@ choir_status choir_safetensors_parse(const char *name, const void *data, size_t 
 {
     choir_safetensors *s = choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *s);
     if (s == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", name);
-    choir_status status = parse(name, data, bytes, s);
+    s->path = choir_strdup(CHOIR_MEM_OTHER, name);
+    choir_status status =
+        s->path != NULL ? parse(name, data, bytes, s) : choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", name);
     if (status != CHOIR_OK) {
         choir_safetensors_close(s);
         return status;
@@ -180,6 +185,7 @@ void choir_safetensors_close(choir_safetensors *s)
 {
     if (s == NULL) return;
     json_decref(s->header);
+    choir_free(s->path);
     choir_free(s->tensors);
     choir_map_close(&s->map);
     choir_free(s);
@@ -193,6 +199,8 @@ const choir_safetensor *choir_safetensors_find(const choir_safetensors *s, const
 
 size_t choir_safetensors_count(const choir_safetensors *s) { return s->n; }
 size_t choir_safetensors_bytes(const choir_safetensors *s) { return s->bytes; }
+const void *choir_safetensors_data(const choir_safetensors *s) { return s->data; }
+const char *choir_safetensors_path(const choir_safetensors *s) { return s->path; }
 
 const choir_safetensor *choir_safetensors_at(const choir_safetensors *s, size_t i)
 {

@@ -28,4 +28,6 @@ void choir_safetensors_close(choir_safetensors *file);
 const choir_safetensor *choir_safetensors_find(const choir_safetensors *file, const char *name);
 size_t choir_safetensors_count(const choir_safetensors *file);
 const choir_safetensor *choir_safetensors_at(const choir_safetensors *file, size_t i);
+const void *choir_safetensors_data(const choir_safetensors *file); /* the whole file in memory */
+const char *choir_safetensors_path(const choir_safetensors *file);
 size_t choir_safetensors_bytes(const choir_safetensors *file);

@@ -97,6 +97,11 @@ static void carve_slots(choir_engine *e, carver *c)
     s->q8_in_at = carve(c, n_experts, sizeof *s->q8_in_at);
     s->q8_ffn_at = carve(c, n_experts, sizeof *s->q8_ffn_at);
     s->pinned = carve(c, n_experts, sizeof *s->pinned);
+    s->computed = carve(c, n_experts, sizeof *s->computed);
+    s->uses = carve(c, n_experts, sizeof *s->uses);
+    s->missing = carve(c, n_experts, sizeof *s->missing);
+    s->wave = carve(c, n_experts, sizeof *s->wave);
+    s->arrived = carve(c, n_experts, sizeof *s->arrived);
     s->router_logits = carve(c, n * m->n_experts, sizeof(float));
     s->slot_in = carve(c, n_slots * m->hidden, sizeof(float));
     s->slot_out = carve(c, n_slots * m->hidden, sizeof(float));

@@ -16,6 +16,7 @@
 enum { HEAD_ROWS = 32, CHOIR_MAX_HEAD_DIM = 1024 }; /* HEAD_ROWS: rows whose logits are held at once */
 
 typedef struct rope_table rope_table; /* engine/rope.c */
+typedef struct expert_slices expert_slices; /* engine/stream.c */
 
 /* A norm's weights; bias is NULL for an RMSNorm. */
 typedef struct norm {
@@ -85,7 +86,13 @@ typedef struct step {
     uint8_t *q8_rows, *q8_always;    /* what every row's expert takes and makes */
     size_t *q8_in_at, *q8_ffn_at; /* [n_experts] where an expert's area begins in q8_h, q8_ffn */
     size_t q8_h_bytes, q8_ffn_bytes;
-    const choir_expert **pinned; /* [n_experts] of the current layer; NULL without rows */
+    const choir_expert **pinned; /* [n_experts] of the current layer; NULL: not in reach */
+    bool *computed;              /* [n_experts] its slots' outputs are there */
+    choir_expert_use *uses;      /* [n_experts] what the layer wants of the store */
+    choir_expert_missing *missing; /* [n_experts] */
+    uint16_t *wave, *arrived;    /* [n_experts] experts that compute now; those to be checked before */
+    uint32_t n_wave, n_arrived;
+    bool more; /* waves to come */
     float *logits;            /* [B, vocab] */
     choir_status *output_status; /* [R] of each output row; folded into spans at the end */
     float **attention_scratch; /* [n_threads] */
@@ -109,7 +116,8 @@ struct choir_engine {
     float *head_bias; /* NULL, or [vocab] */
     rope_table *rope, *window_rope; /* window_rope: NULL, or of layers with a window */
     layer *layers;
-    choir_experts *experts; /* a dense FFN is expert 0 of its layer */
+    choir_experts *experts;
+    expert_slices *slices; /* NULL, or [n_layers, n_experts]: how streamed experts lie in files */
     void *weights;          /* one region for all packed dense matrices */
     size_t weight_bytes;
     choir_arena *vectors;   /* norms, biases, gates, tables: f32 */
@@ -136,6 +144,14 @@ static inline uint32_t choir_head_groups(const choir_model_config *c)
 choir_status choir_engine_load_weights(choir_engine *engine, const choir_model_file *file)
     CHOIR_MUST_USE;
 void choir_engine_free_weights(choir_engine *engine);
+/* engine/stream.c */
+choir_status choir_stream_create(choir_engine *engine, const choir_model_file *file) CHOIR_MUST_USE;
+/* Places one expert of a file that is not packed; `planned` has its matrices' shapes and its biases. */
+choir_status choir_stream_place(choir_engine *engine, const choir_model_file *file, uint32_t layer,
+                                uint32_t expert, const choir_slice slices[3],
+                                const choir_expert *planned, uint64_t *digest) CHOIR_MUST_USE;
+bool choir_stream_unpack(void *engine, uint32_t layer, uint32_t expert, const uint8_t *const *staged,
+                         const choir_expert *into);
 /* engine/scratch.c */
 choir_status choir_step_create(choir_engine *engine) CHOIR_MUST_USE;
 void choir_step_destroy(choir_engine *engine);

@@ -103,6 +103,7 @@ static choir_status lay_out(choir_engine *e, choir_span *spans, uint32_t n_spans
             return choir_fail(CHOIR_E_INVALID, "more than %u tokens in a step",
                               e->options.max_rows);
         span->status = CHOIR_OK;
+        span->missing_layer = span->missing_expert = -1;
         s->first_row[i] = s->n_rows;
         for (uint32_t t = 0; t < span->n_tokens; t++) {
             if (t + span->n_logits >= span->n_tokens) s->outputs[s->n_outputs++] = s->n_rows;
@@ -117,10 +118,12 @@ choir_status choir_engine_step(choir_engine *engine, choir_span *spans, uint32_t
 {
     CHOIR_TRY(lay_out(engine, spans, n_spans));
     step *s = &engine->step;
+    choir_experts_step(engine->experts);
     if (s->n_rows > 0) choir_workers_run(engine->workers, run_token_path, engine);
-    for (uint32_t i = 0; i < s->n_outputs; i++)
-        if (s->output_status[i] != CHOIR_OK)
-            spans[s->rows[s->outputs[i]].span].status = s->output_status[i];
+    for (uint32_t i = 0; i < s->n_outputs; i++) {
+        choir_span *span = &spans[s->rows[s->outputs[i]].span];
+        if (span->status == CHOIR_OK) span->status = s->output_status[i];
+    }
     atomic_fetch_add_explicit(&engine->n_steps, 1, memory_order_release);
     return CHOIR_OK;
 }

@@ -1,12 +1,19 @@
-/* WHAT    The expert store: makes (layer, expert) reachable. Today one tier, all experts resident in RAM.
- * OWNS    The experts' packed weights.
- * THREADS Loading: any worker, disjoint experts. pin/unpin: the engine thread.
- * ERRORS  CHOIR_E_NO_MEMORY; CHOIR_E_NOT_FOUND for an expert that was never put.
- * LIMITS  Every pin is paired with one unpin; the view ends there.
- * NEXT    engine/moe.c */
+/* WHAT    The expert store: makes (layer, expert) reachable. All experts resident in RAM, or a budget of
+ *         slots that are filled from NVMe as the router wants them.
+ * OWNS    The experts' packed weights, its slots, its reads in flight.
+ * THREADS Loading: any worker, disjoint experts. Everything else: the engine thread; check(): any worker,
+ *         disjoint experts. Statistics are copied out by the engine thread.
+ * ERRORS  CHOIR_E_NO_MEMORY; CHOIR_E_NOT_FOUND for an expert that was never put. Of a single expert:
+ *         CHOIR_E_DATA_LOSS (unreadable or damaged after retries), CHOIR_E_UNAVAILABLE (the disk stalls).
+ * LIMITS  Every pin is paired with one unpin; the view ends there. What is pinned is never evicted, and
+ *         bytes whose checksum is wrong are never handed out.
+ * NEXT    engine/moe.c; experts/store.c for the slots' states, experts/disk.h for the reads,
+ *         experts/policy.h for who is evicted */
 #pragma once
 #include "base/base.h"
 #include "engine/kernels/kernels.h"
+#include "experts/disk.h"
+#include "experts/policy.h"
 
 typedef struct choir_experts choir_experts;
 
@@ -15,9 +22,33 @@ typedef struct choir_expert {
     const float *gate_bias, *up_bias, *down_bias; /* NULL, or [ffn], [ffn], [hidden]; the caller's */
 } choir_expert;
 
-choir_status choir_experts_create(uint32_t n_layers, uint32_t n_experts, choir_experts **out)
+/* Turns bytes as a file has them into the kernels' layout: staged[i] is the first byte of extent i, `into`
+ * has its data in place. Any worker. False: no memory, and it is tried again. */
+typedef bool (*choir_expert_unpack)(void *user, uint32_t layer, uint32_t expert,
+                                    const uint8_t *const *staged, const choir_expert *into);
+
+typedef struct choir_experts_options {
+    uint32_t n_layers, n_experts;
+    choir_io io;
+    uint32_t queue_depth;     /* reads in flight */
+    choir_policy_kind policy;
+    uint64_t stall_ns;        /* the disk gives nothing for so long: who waits is sent on without */
+    uint64_t quarantine_ns;   /* an expert that could not be read is not tried again for so long */
+    choir_disk *disk;         /* NULL, or taken over (tests) */
+    choir_expert_unpack unpack; /* NULL when all experts lie packed */
+    void *user;
+} choir_experts_options;
+#define CHOIR_EXPERTS_OPTIONS_DEFAULT                                                              \
+    ((choir_experts_options){.queue_depth = 64,                                                    \
+                             .policy = CHOIR_POLICY_DEFAULT,                                       \
+                             .stall_ns = CHOIR_SECOND,                                             \
+                             .quarantine_ns = 30 * CHOIR_SECOND})
+
+choir_status choir_experts_create(const choir_experts_options *options, choir_experts **out)
     CHOIR_MUST_USE;
 void choir_experts_destroy(choir_experts *store);
+
+/* -- loading, all resident -- */
 
 /* Reserves a layer's experts, each one run of bytes behind the other, from their planned matrices
  * (choir_matrix_plan; views, which have data already, need no bytes), and sets the matrices' data in place; the caller then
@@ -25,8 +56,99 @@ void choir_experts_destroy(choir_experts *store);
 choir_status choir_experts_reserve(choir_experts *store, uint32_t layer, choir_expert *experts)
     CHOIR_MUST_USE;
 
+/* -- loading, streamed -- */
+
+enum { CHOIR_EXPERT_EXTENTS = 6 };
+typedef struct choir_expert_extent {
+    uint32_t file; /* of choir_experts_add_file() */
+    uint32_t bytes;
+    uint64_t offset;
+} choir_expert_extent;
+
+/* One extent that is a run (choir_expert_run_bytes, padded to CHOIR_DISK_PAGE, at such an offset) with its
+ * XXH3; or what unpack() makes a run of. */
+typedef struct choir_expert_source {
+    bool packed;
+    uint32_t n_extents;
+    choir_expert_extent extents[CHOIR_EXPERT_EXTENTS];
+    uint64_t checksum; /* packed: XXH3 of the padded run */
+} choir_expert_source;
+
+choir_status choir_experts_add_file(choir_experts *store, const char *path, uint32_t *out)
+    CHOIR_MUST_USE;
+/* `planned`: matrices without data. */
+choir_status choir_experts_place(choir_experts *store, uint32_t layer, uint32_t expert,
+                                 const choir_expert *planned, const choir_expert_source *source)
+    CHOIR_MUST_USE;
+/* Gate, up and down behind each other, each at a multiple of 64 bytes. */
+size_t choir_expert_run_bytes(const choir_expert *planned);
+/* Sets the matrices' data in a run at `data`. */
+void choir_expert_place_run(choir_expert *planned, void *data);
+
+/* Once all are placed: room for slots within `bytes`, staging included; max_slots 0: no other limit.
+ * CHOIR_E_INVALID names how much the least is. Memory is taken slab by slab as slots are needed. */
+choir_status choir_experts_start(choir_experts *store, uint64_t bytes, uint32_t max_slots)
+    CHOIR_MUST_USE;
+/* The budget now; a smaller one takes effect as slots become free. Returns the bytes still held. */
+uint64_t choir_experts_set_budget(choir_experts *store, uint64_t bytes);
+uint64_t choir_experts_least_bytes(const choir_experts *store); /* what start() wants at least */
+
+/* -- a layer's demand: request, then collect … check … admit … release until collect() gives none -- */
+
+typedef struct choir_expert_use {
+    uint32_t expert, n_rows;
+    float weight; /* sum over the rows */
+} choir_expert_use;
+
+void choir_experts_step(choir_experts *store); /* a step begins */
+/* Starts the reads of those that are cold; `uses` ascend. The one before has ended. */
+void choir_experts_request(choir_experts *store, uint32_t layer, const choir_expert_use *uses,
+                           uint32_t n);
+/* Experts that have come within reach since the last call, ids ascending; waits for one if told to. 0: none
+ * are left, or (wait) those left will not come: choir_experts_missing(). */
+uint32_t choir_experts_collect(choir_experts *store, bool wait, uint16_t *ids);
+/* True while requested experts have not been collected. */
+bool choir_experts_pending(const choir_experts *store);
+/* Between collect and admit, on any worker: sees to it that what was read is right. */
+void choir_experts_check(choir_experts *store, uint32_t layer, uint32_t expert);
+/* Pinned until release(); NULL: it was damaged and is read again, collect() will give it. */
+bool choir_experts_unchecked(const choir_experts *store, uint32_t layer, uint32_t expert);
+const choir_expert *choir_experts_admit(choir_experts *store, uint32_t layer, uint32_t expert);
+void choir_experts_release(choir_experts *store, uint32_t layer, uint32_t expert);
+/* Ends a request: the experts that did not come, and why. */
+typedef struct choir_expert_missing {
+    uint32_t expert;
+    choir_status status;
+} choir_expert_missing;
+uint32_t choir_experts_missing(choir_experts *store, choir_expert_missing *out);
+
+/* Real loads of experts that a later layer may want, best first, into slots that are colder; 0 … n of them
+ * are started. */
+uint32_t choir_experts_prefetch(choir_experts *store, uint32_t layer, const uint16_t *experts,
+                                uint32_t n);
+
+/* One expert alone, for loading and tests: resident ones only. */
 choir_status choir_experts_pin(choir_experts *store, uint32_t layer, uint32_t expert,
                                const choir_expert **out) CHOIR_MUST_USE;
 void choir_experts_unpin(choir_experts *store, uint32_t layer, uint32_t expert);
+
+enum { CHOIR_LATENCY_BUCKETS = 40 }; /* bucket i: [2^i, 2^(i+1)) microseconds / 8 */
+typedef struct choir_experts_stats {
+    bool streamed;
+    const char *io, *policy;
+    uint32_t n_experts, n_slots, n_slots_used; /* experts of all layers; slots within the budget */
+    uint64_t budget_bytes, held_bytes;
+    uint64_t n_hits, n_late_hits, n_misses; /* requested: in a slot, on their way already, cold */
+    uint64_t n_prefetched, n_prefetch_used, n_prefetch_wasted;
+    uint64_t n_reads, bytes_read, n_retries, n_damaged, n_failed, n_late; /* n_late: sent on without */
+    uint64_t stall_ns, busy_ns; /* the step waited; reads were in flight */
+    uint64_t latency[CHOIR_LATENCY_BUCKETS];
+} choir_experts_stats;
+void choir_experts_get_stats(const choir_experts *store, choir_experts_stats *out);
+/* The latency, in seconds, that a share of the reads stayed below. */
+double choir_experts_latency(const choir_experts_stats *stats, double share);
+float choir_experts_heat(const choir_experts *store, uint32_t layer, uint32_t expert);
+bool choir_experts_in_reach(const choir_experts *store, uint32_t layer, uint32_t expert);
+
 uint64_t choir_experts_bytes(const choir_experts *store);
 uint32_t choir_experts_n_pinned(const choir_experts *store); /* 0 between steps */

@@ -8,6 +8,14 @@
 
 #include <cmocka.h>
 
+static choir_status create(uint32_t n_layers, uint32_t n_experts, choir_experts **out)
+{
+    choir_experts_options o = CHOIR_EXPERTS_OPTIONS_DEFAULT;
+    o.n_layers = n_layers;
+    o.n_experts = n_experts;
+    return choir_experts_create(&o, out);
+}
+
 static choir_expert planned(size_t bytes)
 {
     choir_matrix m = {.layout = CHOIR_LAYOUT_W8, .rows = 16, .cols = 32, .bytes = bytes};
@@ -18,7 +26,7 @@ static void test_runs_do_not_overlap(void **state)
 {
     (void)state;
     choir_experts *store;
-    assert_int_equal(choir_experts_create(2, 3, &store), CHOIR_OK);
+    assert_int_equal(create(2, 3, &store), CHOIR_OK);
     for (uint32_t l = 0; l < 2; l++) {
         choir_expert experts[] = {planned(1000), planned(64), planned(4097)};
         assert_int_equal(choir_experts_reserve(store, l, experts), CHOIR_OK);
@@ -47,7 +55,7 @@ static void test_absent_and_exact(void **state)
     (void)state;
     choir_experts *store;
     const choir_expert *held;
-    assert_int_equal(choir_experts_create(1, 1, &store), CHOIR_OK);
+    assert_int_equal(create(1, 1, &store), CHOIR_OK);
     assert_int_equal(choir_experts_pin(store, 0, 0, &held), CHOIR_E_NOT_FOUND);
     const float weights[4] = {1, 2, 3, 4};
     choir_expert views = planned(0);
@@ -67,11 +75,11 @@ static void test_absent_and_exact(void **state)
 static void test_lack_of_memory(void **state)
 {
     (void)state;
-    for (uint64_t i = 1; i <= 4; i++) {
+    for (uint64_t i = 1; i <= 5; i++) {
         choir_experts *store = NULL;
         choir_expert expert = planned(100);
         choir_memory_fail_at(i);
-        choir_status status = choir_experts_create(1, 1, &store);
+        choir_status status = create(1, 1, &store);
         if (status == CHOIR_OK) status = choir_experts_reserve(store, 0, &expert);
         choir_memory_fail_at(0);
         assert_int_equal(status, CHOIR_E_NO_MEMORY);

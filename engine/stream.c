@@ -1,0 +1,98 @@
+/* Streamed experts of files that are not packed: read slice by slice, turned into the kernels' layout as
+ * they arrive. */
+#include "engine/state.h"
+
+#include <sys/stat.h>
+#include <xxhash.h>
+
+enum { PARTS = 3 };
+
+/* Of gate, up and down: views whose data is replaced by what was read. Extent i is part i's; MXFP4's
+ * exponents come behind those. */
+struct expert_slices {
+    choir_slice parts[PARTS];
+};
+
+choir_status choir_stream_create(choir_engine *e, const choir_model_file *file)
+{
+    size_t n = (size_t)e->config.n_layers * e->config.n_experts;
+    e->slices = choir_calloc(CHOIR_MEM_EXPERTS, n, sizeof *e->slices);
+    if (e->slices == NULL)
+        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the places of %zu experts", n);
+    for (uint32_t i = 0; i < choir_model_file_n_parts(file); i++) {
+        uint32_t number;
+        CHOIR_TRY(choir_experts_add_file(e->experts, choir_model_file_part_path(file, i), &number));
+        CHOIR_ASSERT(number == i);
+    }
+    choir_log(CHOIR_LOG_WARNING,
+              "%s is not packed: its experts are rearranged at every read; `choir pack` makes a "
+              "file that streams faster",
+              e->path);
+    return CHOIR_OK;
+}
+
+static choir_status add_extent(const choir_model_file *file, const uint8_t *data, uint64_t bytes,
+                               choir_expert_source *to)
+{
+    choir_expert_extent *x = &to->extents[to->n_extents++];
+    if (bytes > UINT32_MAX / 2 || !choir_model_file_locate(file, data, &x->file, &x->offset))
+        return choir_fail(CHOIR_E_UNIMPLEMENTED, "an expert's tensor of %llu bytes cannot be streamed",
+                          (unsigned long long)bytes);
+    x->bytes = (uint32_t)bytes;
+    return CHOIR_OK;
+}
+
+choir_status choir_stream_place(choir_engine *e, const choir_model_file *file, uint32_t layer_index,
+                                uint32_t expert, const choir_slice slices[PARTS],
+                                const choir_expert *planned, uint64_t *digest)
+{
+    choir_expert_source source = {.packed = false};
+    for (int i = 0; i < PARTS; i++)
+        CHOIR_TRY(add_extent(file, slices[i].data, choir_slice_span(&slices[i]), &source));
+    for (int i = 0; i < PARTS; i++)
+        if (slices[i].scales != NULL)
+            CHOIR_TRY(add_extent(file, slices[i].scales,
+                                 (slices[i].rows - 1) * slices[i].scales_stride +
+                                     slices[i].cols / 32,
+                                 &source));
+    expert_slices *to = &e->slices[(size_t)layer_index * e->config.n_experts + expert];
+    for (int i = 0; i < PARTS; i++) to->parts[i] = slices[i];
+    /* The bytes are not read now: where they lie, in files of which age, stands for them. */
+    *digest = XXH3_64bits(source.extents, source.n_extents * sizeof *source.extents);
+    for (uint32_t i = 0; i < source.n_extents; i++) {
+        struct stat st;
+        if (stat(choir_model_file_part_path(file, source.extents[i].file), &st) != 0) continue;
+        int64_t age[] = {st.st_size, st.st_mtim.tv_sec, st.st_mtim.tv_nsec, (int64_t)st.st_ino};
+        *digest = XXH3_64bits_withSeed(age, sizeof age, *digest);
+    }
+    return choir_experts_place(e->experts, layer_index, expert, planned, &source);
+}
+
+bool choir_stream_unpack(void *engine, uint32_t layer_index, uint32_t expert, const uint8_t *const *staged,
+                         const choir_expert *into)
+{
+    choir_engine *e = engine;
+    const choir_matrix *matrices[PARTS] = {&into->gate, &into->up, &into->down};
+    uint32_t scales = PARTS;
+    for (int i = 0; i < PARTS; i++) {
+        choir_slice slice = e->slices[(size_t)layer_index * e->config.n_experts + expert].parts[i];
+        const choir_matrix *m = matrices[i];
+        choir_tensor t;
+        void *copy = NULL;
+        slice.data = staged[i];
+        if (slice.scales != NULL) slice.scales = staged[scales++];
+        if (m->layout == CHOIR_LAYOUT_EXACT) {
+            choir_slice_copy(&slice, (void *)m->data);
+            continue;
+        }
+        if (!choir_slice_is_tensor(&slice, &t)) {
+            copy = choir_alloc(CHOIR_MEM_SCRATCH, choir_slice_bytes(&slice));
+            if (copy == NULL) return false;
+            choir_slice_copy(&slice, copy);
+            t.data = copy;
+        }
+        choir_matrix_pack(m, &t, (void *)m->data, 0, m->rows);
+        choir_free(copy);
+    }
+    return true;
+}

@@ -1,0 +1,224 @@
+/* A layer's demand: all its experts are asked for at once, and given in the order of their arrival. */
+#include "experts/store.h"
+
+void choir_experts_step(choir_experts *store)
+{
+    if (store->policy == NULL) return;
+    choir_policy_step(store->policy);
+    slots_shrink(store);
+}
+
+static bool in_quarantine(entry *e, uint64_t now)
+{
+    if (e->quarantined_until != 0 && now >= e->quarantined_until) e->quarantined_until = 0;
+    return e->quarantined_until != 0;
+}
+
+/* Slots for the cold ones, as far as there are any. */
+static void load_cold(choir_experts *store)
+{
+    uint32_t n_victims = 0, at = 0;
+    bool looked = false;
+    for (uint32_t i = 0; i < store->n_wanted; i++) {
+        wanted *w = &store->wanted[i];
+        entry *e = entry_at(store, store->layer, w->expert);
+        if (w->state != WANT_COLD || in_quarantine(e, store->progress_ns)) continue;
+        if (!load_can_begin(store, e)) break;
+        slot *s = slots_take_free(store);
+        while (s == NULL) {
+            if (!looked) n_victims = slots_find_victims(store);
+            looked = true;
+            if (at == n_victims) return;
+            slot_evict(store, &store->slots[store->victims[at++].slot]);
+            s = slots_take_free(store);
+            if (s == NULL && store->n_slabs_held > store->n_slabs_allowed) slots_shrink(store);
+        }
+        load_begin(store, s, (uint32_t)(e - store->entries), false);
+        entry_pin(store, e);
+        w->state = WANT_AWAITED;
+    }
+}
+
+void choir_experts_request(choir_experts *store, uint32_t layer, const choir_expert_use *uses,
+                           uint32_t n)
+{
+    CHOIR_ASSERT(store->n_left == 0);
+    store->layer = layer;
+    store->n_wanted = store->n_left = n;
+    for (uint32_t i = 0; i < n; i++) {
+        entry *e = entry_at(store, layer, uses[i].expert);
+        store->wanted[i] = (wanted){uses[i].expert, WANT_AWAITED};
+        if (e->resident) {
+            entry_pin(store, e);
+            continue;
+        }
+        choir_policy_use(store->policy, layer, uses[i].expert, uses[i].n_rows, uses[i].weight, 0);
+        if (e->slot == NONE) {
+            store->stats.n_misses++;
+            store->wanted[i].state = WANT_COLD;
+            continue;
+        }
+        slot *s = &store->slots[e->slot];
+        if (s->speculative) store->stats.n_prefetch_used++;
+        s->speculative = false;
+        *(s->state == SLOT_READY ? &store->stats.n_hits : &store->stats.n_late_hits) += 1;
+        entry_pin(store, e);
+    }
+    if (!store->stats.streamed) return;
+    load_cold(store);
+    loads_send(store);
+}
+
+/* What is in reach now and was not given yet. */
+static uint32_t give(choir_experts *store, uint16_t *ids)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < store->n_wanted; i++) {
+        wanted *w = &store->wanted[i];
+        if (w->state != WANT_AWAITED) continue;
+        const entry *e = entry_at(store, store->layer, w->expert);
+        if (!e->resident && e->slot == NONE) continue; /* lost */
+        if (!e->resident && store->slots[e->slot].state == SLOT_LOADING) continue;
+        w->state = WANT_GIVEN;
+        ids[n++] = (uint16_t)w->expert;
+    }
+    store->n_left -= n;
+    return n;
+}
+
+/* Whether waiting makes sense: something wanted may still come. */
+static bool may_come(const choir_experts *store)
+{
+    for (uint32_t i = 0; i < store->n_wanted; i++) {
+        const wanted *w = &store->wanted[i];
+        const entry *e = entry_at(store, store->layer, w->expert);
+        if (w->state == WANT_AWAITED && e->slot != NONE && !store->slots[e->slot].late) return true;
+        /* A cold one waits for a slot: it comes when others, which are on their way, have been. */
+        if (w->state == WANT_COLD && e->quarantined_until == 0 && store->n_reads_in_flight > 0)
+            return true;
+    }
+    return false;
+}
+
+uint32_t choir_experts_collect(choir_experts *store, bool wait, uint16_t *ids)
+{
+    uint64_t began = 0;
+    uint32_t n = 0;
+    while (store->n_left > 0) {
+        if (store->stats.streamed) {
+            loads_reap(store, 0);
+            load_cold(store);
+            loads_send(store);
+        }
+        n = give(store, ids);
+        if (n > 0 || !wait || !may_come(store)) break;
+        uint64_t now = choir_clock_now();
+        if (began == 0) began = now;
+        uint64_t patience = store->progress_ns + store->options.stall_ns;
+        if (now >= patience) break;
+        loads_reap(store, patience - now);
+    }
+    if (began != 0) store->stats.stall_ns += choir_clock_now() - began;
+    return n;
+}
+
+bool choir_experts_pending(const choir_experts *store)
+{
+    return store->n_left > 0;
+}
+
+uint32_t choir_experts_missing(choir_experts *store, choir_expert_missing *out)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < store->n_wanted; i++) {
+        wanted *w = &store->wanted[i];
+        if (w->state == WANT_GIVEN) continue;
+        entry *e = entry_at(store, store->layer, w->expert);
+        bool lost = e->quarantined_until != 0;
+        out[n++] = (choir_expert_missing){w->expert, lost ? CHOIR_E_DATA_LOSS : CHOIR_E_UNAVAILABLE};
+        if (!lost) store->stats.n_late++;
+        if (w->state == WANT_AWAITED && e->slot != NONE) {
+            store->slots[e->slot].late = true;
+            entry_unpin(store, e);
+        }
+    }
+    store->n_wanted = store->n_left = 0;
+    return n;
+}
+
+void choir_experts_check(choir_experts *store, uint32_t layer, uint32_t expert)
+{
+    const entry *e = entry_at(store, layer, expert);
+    if (!e->resident && store->slots[e->slot].state == SLOT_ARRIVED)
+        load_check(store, &store->slots[e->slot]);
+}
+
+bool choir_experts_unchecked(const choir_experts *store, uint32_t layer, uint32_t expert)
+{
+    const entry *e = entry_at(store, layer, expert);
+    return !e->resident && store->slots[e->slot].state == SLOT_ARRIVED;
+}
+
+static void want_again(choir_experts *store, uint32_t expert)
+{
+    for (uint32_t i = 0; i < store->n_wanted; i++)
+        if (store->wanted[i].expert == expert) store->wanted[i].state = WANT_AWAITED;
+    store->n_left++;
+}
+
+const choir_expert *choir_experts_admit(choir_experts *store, uint32_t layer, uint32_t expert)
+{
+    entry *e = entry_at(store, layer, expert);
+    if (e->resident) return &e->expert;
+    slot *s = &store->slots[e->slot];
+    if (s->state == SLOT_READY) return &e->expert;
+    CHOIR_ASSERT(s->checked);
+    if (!s->damaged) {
+        load_end_staging(store, s);
+        slot_move(store, s, SLOT_READY);
+        return &e->expert;
+    }
+    store->stats.n_damaged++;
+    want_again(store, expert);
+    if (s->tries < MAX_TRIES) {
+        load_again(store, s);
+        loads_send(store);
+    } else {
+        slot_fail(store, s, "its checksum is wrong");
+    }
+    return NULL;
+}
+
+void choir_experts_release(choir_experts *store, uint32_t layer, uint32_t expert)
+{
+    entry_unpin(store, entry_at(store, layer, expert));
+}
+
+uint32_t choir_experts_prefetch(choir_experts *store, uint32_t layer, const uint16_t *experts,
+                                uint32_t n)
+{
+    uint32_t started = 0, n_victims = 0, at = 0;
+    bool looked = false;
+    uint64_t now = choir_clock_now();
+    for (uint32_t i = 0; i < n; i++) {
+        entry *e = entry_at(store, layer, experts[i]);
+        if (e->resident || e->slot != NONE || in_quarantine(e, now) || !load_can_begin(store, e))
+            continue;
+        slot *s = slots_take_free(store);
+        if (s == NULL) {
+            if (!looked) n_victims = slots_find_victims(store);
+            looked = true;
+            if (at == n_victims ||
+                store->victims[at].value >= choir_policy_value(store->policy, layer, experts[i]))
+                continue;
+            slot_evict(store, &store->slots[store->victims[at++].slot]);
+            s = slots_take_free(store);
+            if (s == NULL) break;
+        }
+        load_begin(store, s, (uint32_t)(e - store->entries), true);
+        store->stats.n_prefetched++;
+        started++;
+    }
+    loads_send(store);
+    return started;
+}

@@ -1,0 +1,141 @@
+/* WHAT    The store's own picture: entries (what there is), slots (where it can be), a request.
+ * OWNS    struct choir_experts owns all below it.
+ * THREADS As experts/experts.h.
+ * ERRORS  None of its own.
+ * LIMITS  Invariants, checked by tests/experts/schedule_test.c:
+ *         1. an entry has a slot exactly while the slot has the entry, and slots are moved by slot_move() alone;
+ *         2. a pinned entry's slot is LOADING, ARRIVED or READY, and never becomes FREE but by its own failure;
+ *         3. only READY slots are handed out, and bytes become READY only after their check;
+ *         4. a completion whose generation is not the slot's is dropped.
+ *
+ *                     start_load            slot_arrive            check ok
+ *             FREE ---------------> LOADING -----------> ARRIVED -----------> READY
+ *              ^                     |   ^                 |  |                 |
+ *              |       slot_fail     |   |    damaged      |  |                 |
+ *              +---------------------+   +-----------------+  |                 |
+ *              +------------------- evict --------------------+-----------------+
+ * NEXT    experts/slots.c, experts/demand.c */
+#pragma once
+#include "experts/experts.h"
+
+typedef enum slot_state { SLOT_FREE, SLOT_LOADING, SLOT_ARRIVED, SLOT_READY } slot_state;
+
+enum { NONE = -1, MAX_TRIES = 3 };
+
+/* What has become of a wanted expert. */
+typedef enum want { WANT_NOTHING, WANT_COLD, WANT_AWAITED, WANT_GIVEN } want;
+
+typedef struct entry {
+    choir_expert expert; /* data is NULL while it is in no slot */
+    choir_expert_source source;
+    uint32_t n_pins;
+    int32_t slot;
+    bool resident; /* in a region, for good */
+    uint64_t quarantined_until; /* 0: it is not */
+} entry;
+
+typedef struct slot {
+    slot_state state;
+    uint8_t *data;
+    uint32_t slab, entry, generation;
+    int32_t staging;      /* a buffer that an unpacked expert is read into */
+    uint8_t n_extents_sent, n_extents_arrived, tries;
+    bool speculative;     /* prefetched, and not wanted yet */
+    bool late;            /* who wanted it went on without it */
+    bool damaged, checked; /* by check() */
+    int error;            /* errno of its first failed read */
+    uint64_t sent_ns;
+} slot;
+
+/* Slots come and go by slabs, so that memory can be given back. */
+typedef struct slab {
+    uint8_t *data; /* NULL: not held */
+    uint32_t n_free;
+} slab;
+
+/* A layer's experts lie in one region, so that large pages are not wasted on small experts. */
+typedef struct region {
+    void *data;
+    size_t bytes;
+} region;
+
+typedef struct staging {
+    uint8_t *data;
+    bool taken;
+} staging;
+
+typedef struct wanted {
+    uint32_t expert;
+    want state;
+} wanted;
+
+struct choir_experts {
+    choir_experts_options options;
+    uint32_t n_layers, n_experts;
+    entry *entries;  /* [n_layers, n_experts] */
+    region *regions; /* [n_layers] */
+    uint64_t resident_bytes;
+    uint32_t n_pinned;
+
+    choir_disk *disk;
+    choir_policy *policy;
+    int *fds;
+    uint64_t *file_bytes;
+    uint32_t n_files;
+
+    size_t slot_bytes, slab_bytes, staged_bytes;
+    uint32_t slots_per_slab, max_slabs, n_slabs_allowed, n_slabs_held, slot_limit;
+    slab *slabs;     /* [max_slabs] */
+    slot *slots;     /* [max_slabs * slots_per_slab] */
+    uint32_t n_slots_used;
+    uint32_t *free_slots, n_free_slots; /* of held slabs */
+    uint32_t *sending, n_sending;       /* LOADING slots with extents that the disk had no room for */
+    struct victim *victims;             /* scratch, one for each slot */
+    staging *stagings;
+    uint8_t *staging_data;
+    uint32_t n_stagings;
+
+    /* the request */
+    uint32_t layer, n_wanted, n_left; /* n_left: not collected yet */
+    wanted *wanted;                   /* [n_experts] */
+
+    uint32_t n_reads_in_flight;
+    uint64_t busy_since, progress_ns; /* progress: when the disk last gave something */
+    choir_experts_stats stats;
+};
+
+static inline entry *entry_at(const choir_experts *store, uint32_t layer, uint32_t expert)
+{
+    CHOIR_ASSERT(layer < store->n_layers && expert < store->n_experts);
+    return &store->entries[(size_t)layer * store->n_experts + expert];
+}
+static inline size_t choir_round_up(size_t n, size_t to)
+{
+    return (n + to - 1) / to * to;
+}
+
+/* experts/slots.c */
+typedef struct victim {
+    double value;
+    uint32_t slot;
+} victim;
+void slot_move(choir_experts *store, slot *s, slot_state to);
+/* Sorts the slots that may be evicted, coldest first, into store->victims. */
+uint32_t slots_find_victims(choir_experts *store);
+/* A free slot: one that is, or of a slab not held yet; NULL: somebody has to go. */
+slot *slots_take_free(choir_experts *store);
+void slot_evict(choir_experts *store, slot *s);
+void slots_shrink(choir_experts *store); /* gives slabs beyond the budget back, if it can */
+void entry_pin(choir_experts *store, entry *e);
+void entry_unpin(choir_experts *store, entry *e);
+
+/* experts/loads.c: reads of slots */
+size_t choir_expert_staged_bytes(const choir_expert_source *source);
+bool load_can_begin(const choir_experts *store, const entry *e); /* a staging buffer is there if it needs one */
+void load_begin(choir_experts *store, slot *s, uint32_t entry, bool speculative);
+void load_again(choir_experts *store, slot *s);
+void loads_send(choir_experts *store);
+void loads_reap(choir_experts *store, uint64_t wait_ns);
+void load_check(choir_experts *store, slot *s);
+void load_end_staging(choir_experts *store, slot *s);
+void slot_fail(choir_experts *store, slot *s, const char *why);

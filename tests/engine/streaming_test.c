@@ -1,0 +1,132 @@
+/* Experts that are read as they are wanted give the bits of experts that are all in memory: every
+ * family, every file, every way to read, however few slots there are. */
+#include "tests/engine/sequence.h"
+
+#include <dirent.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+enum { N_TOKENS = 24, N_PAGES = 2, PROMPT = 20 };
+
+#define MODELS "tests/fixtures/models"
+
+typedef struct case_ {
+    uint32_t n_threads, n_slots;
+    choir_io io;
+    bool exact;
+} case_;
+
+static choir_engine *open_engine(const char *path, const case_ *c, bool streamed)
+{
+    choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
+    o.n_threads = c->n_threads;
+    o.exact = c->exact;
+    o.max_rows = 64;
+    o.kv_bytes = (uint64_t)16 << 20;
+    if (streamed) {
+        o.expert_bytes = (uint64_t)64 << 20;
+        o.max_expert_slots = c->n_slots;
+        o.io = c->io;
+    }
+    choir_engine *engine;
+    if (choir_engine_open(path, &o, &engine) != CHOIR_OK)
+        fail_msg("%s: %s", path, choir_error_message());
+    return engine;
+}
+
+/* A prompt in one step, then single tokens; beside it, from another place, a second sequence. */
+static float *run(choir_engine *engine)
+{
+    uint32_t vocab = choir_engine_config(engine)->vocab, tokens[N_TOKENS];
+    float *logits = calloc(2 * (size_t)N_TOKENS * vocab, sizeof *logits);
+    assert_non_null(logits);
+    for (uint32_t i = 0; i < N_TOKENS; i++) tokens[i] = (i * 7919 + 11) % vocab;
+    sequence a = sequence_at(engine, 0, N_PAGES), b = sequence_at(engine, N_PAGES, N_PAGES);
+    for (uint32_t at = 0; at < N_TOKENS;) {
+        uint32_t n = at == 0 ? PROMPT : 1;
+        choir_span spans[] = {
+            sequence_span(&a, tokens + at, n, logits + (size_t)at * vocab),
+            sequence_span(&b, tokens + N_TOKENS - at - n, n,
+                          logits + ((size_t)N_TOKENS + at) * vocab),
+        };
+        assert_int_equal(choir_engine_step(engine, spans, 2), CHOIR_OK);
+        for (int i = 0; i < 2; i++)
+            if (spans[i].status != CHOIR_OK) fail_msg("%s", choir_status_text(spans[i].status));
+        sequence_advance(&a, &spans[0]);
+        sequence_advance(&b, &spans[1]);
+        at += n;
+    }
+    return logits;
+}
+
+static void compare(const char *path, const case_ *c, const float *wanted)
+{
+    choir_engine *engine = open_engine(path, c, true);
+    const choir_model_config *config = choir_engine_config(engine);
+    float *got = run(engine);
+    for (size_t i = 0; i < 2 * (size_t)N_TOKENS * config->vocab; i++)
+        if (memcmp(&got[i], &wanted[i], sizeof *got) != 0)
+            fail_msg("%s, %u slots, %s: logit %zu is %.9g, resident %.9g", path, c->n_slots,
+                     choir_io_text(c->io), i, (double)got[i], (double)wanted[i]);
+    free(got);
+    choir_experts_stats s = choir_engine_expert_stats(engine);
+    assert_true(s.streamed);
+    assert_int_equal(s.n_slots, c->n_slots < s.n_experts ? c->n_slots : s.n_experts);
+    assert_true(s.n_slots_used <= s.n_slots);
+    assert_true(s.n_misses > 0 && s.bytes_read > 0 && s.n_failed == 0 && s.n_damaged == 0);
+    assert_int_equal(choir_engine_n_experts_pinned(engine), 0);
+    choir_engine_close(engine);
+}
+
+static void try_model(const char *path)
+{
+    static const case_ cases[] = {
+        {1, 2, CHOIR_IO_AUTO, false},        {2, 3, CHOIR_IO_PREAD, false},
+        {3, 2, CHOIR_IO_URING_PLAIN, false}, {2, 5, CHOIR_IO_AUTO, true},
+        {2, 1000, CHOIR_IO_AUTO, false},
+    };
+    float *wanted[2] = {NULL, NULL};
+    for (int exact = 0; exact < 2; exact++) {
+        const case_ resident = {.n_threads = 2, .exact = exact};
+        choir_engine *engine = open_engine(path, &resident, false);
+        bool moe = choir_engine_config(engine)->n_experts > 0;
+        if (moe) wanted[exact] = run(engine);
+        choir_engine_close(engine);
+        if (!moe) return;
+    }
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        compare(path, &cases[i], wanted[cases[i].exact]);
+    free(wanted[0]);
+    free(wanted[1]);
+}
+
+static void test_streamed_is_resident(void **state)
+{
+    (void)state;
+    struct dirent **names;
+    int n = scandir(MODELS, &names, NULL, alphasort), n_tried = 0;
+    assert_true(n > 2);
+    for (int i = 0; i < n; i++) {
+        char path[400];
+        snprintf(path, sizeof path, MODELS "/%s", names[i]->d_name);
+        if (names[i]->d_name[0] != '.') {
+            try_model(path);
+            n_tried++;
+        }
+        free(names[i]);
+    }
+    free(names);
+    assert_true(n_tried > 60);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_streamed_is_resident)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
