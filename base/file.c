@@ -153,7 +153,7 @@ choir_status choir_save_write(choir_save *save, const void *data, size_t bytes)
     return CHOIR_OK;
 }
 
-static choir_status sync_folder_of(const char *path)
+choir_status choir_folder_sync(const char *path)
 {
     char copy[4096];
     snprintf(copy, sizeof copy, "%s", path);
@@ -177,7 +177,7 @@ choir_status choir_save_commit(choir_save *save)
         unlink(save->temporary);
         return status;
     }
-    return sync_folder_of(save->path);
+    return choir_folder_sync(save->path);
 }
 
 void choir_save_abandon(choir_save *save)

@@ -33,3 +33,5 @@ choir_status choir_save_begin(const char *path, choir_save *save) CHOIR_MUST_USE
 choir_status choir_save_write(choir_save *save, const void *data, size_t bytes) CHOIR_MUST_USE;
 choir_status choir_save_commit(choir_save *save) CHOIR_MUST_USE;
 void choir_save_abandon(choir_save *save);
+/* After a rename: the folder that `path` lies in is on the disk. */
+choir_status choir_folder_sync(const char *path) CHOIR_MUST_USE;

@@ -27,12 +27,8 @@ static choir_status planned_bytes(const choir_model_file *f, uint64_t *dense, ui
         for (uint32_t l = 0; l < (choir_role_per_layer(role) ? c->n_layers : 1); l++) {
             if (!choir_role_in_layer(c, role, l)) continue;
             for (uint32_t i = 0; i < choir_role_count(c, role); i++) {
-                choir_slice slice;
-                choir_tensor t;
                 choir_matrix m;
-                CHOIR_TRY(choir_model_file_slice(f, role, l, i, &slice));
-                choir_slice_is_tensor(&slice, &t); /* its shape, wherever it lies */
-                CHOIR_TRY(choir_matrix_plan(&t, &m));
+                CHOIR_TRY(choir_model_file_plan(f, role, l, i, &m));
                 *(routed ? experts : dense) += m.bytes;
             }
         }

@@ -8,12 +8,12 @@
 static const choir_verb *const verbs[] = {
     &choir_verb_serve,    &choir_verb_chat,       &choir_verb_generate,   &choir_verb_logits,
     &choir_verb_tokenize, &choir_verb_detokenize, &choir_verb_perplexity, &choir_verb_info,
-    &choir_verb_bench,    &choir_verb_upcycle,
+    &choir_verb_bench,    &choir_verb_pack,       &choir_verb_upcycle,
 };
 enum { N_VERBS = sizeof verbs / sizeof *verbs };
 
 /* Verbs of the contract that are not there yet. */
-static const char *const later[] = {"pack",   "quantize", "convert", "merge", "prune",  "adapter",
+static const char *const later[] = {"quantize", "convert", "merge", "prune",  "adapter",
                                     "router", "data",     "tune",    "eval",  "monitor"};
 enum { N_LATER = sizeof later / sizeof *later };
 
@@ -27,7 +27,7 @@ static void print_usage(FILE *to)
         fprintf(to, "  %-11s %s\n", verbs[i]->name, verbs[i]->summary);
     fprintf(to, "\nnot there yet: ");
     for (int i = 0; i < N_LATER; i++) fprintf(to, "%s%s", i > 0 ? ", " : "", later[i]);
-    fprintf(to, "\n\nMODEL is a Hugging Face folder, a .gguf file, or a name in the model cache.\n"
+    fprintf(to, "\n\nMODEL is a Hugging Face folder, a .gguf or .choir file, or a name in the model cache.\n"
                 "choir VERB --help tells a verb's options, with an example.\n\nexample:\n"
                 "  choir chat SmolLM2-135M-Instruct.Q4_1\n");
 }

@@ -26,8 +26,8 @@ choir_status choir_cli_find_model(const char *model, char *path, size_t bytes)
     choir_cli_cache_folder(cache, sizeof cache);
     /* A name lies directly in the cache; nothing else is looked for. */
     if (strchr(model, '/') == NULL && model[0] != '\0' && model[0] != '.' && strlen(model) < 200) {
-        static const char *const endings[] = {"", ".gguf"};
-        for (int i = 0; i < 2; i++) {
+        static const char *const endings[] = {"", ".gguf", ".choir"};
+        for (int i = 0; i < 3; i++) {
             snprintf(path, bytes, "%s/%s%s", cache, model, endings[i]);
             if (choir_file_exists(path) || choir_folder_exists(path)) return CHOIR_OK;
         }

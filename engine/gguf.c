@@ -34,6 +34,7 @@ struct choir_gguf {
     const uint8_t *data;
     size_t bytes, at;
     uint64_t n_entries, n_tensors, alignment;
+    bool header_only; /* the tensors' bytes lie elsewhere */
     entry *entries;
     choir_gguf_tensor *tensors;
     uint32_t *entry_slots, *tensor_slots; /* open addressing: index + 1, or 0 */
@@ -230,6 +231,8 @@ static choir_status place_tensors(choir_gguf *g)
     for (uint64_t i = 0; i < g->n_tensors; i++) {
         choir_gguf_tensor *t = &g->tensors[i];
         uint64_t offset = (uint64_t)(uintptr_t)t->data, begin, end;
+        t->data = NULL;
+        if (g->header_only) continue;
         if (__builtin_add_overflow(start, offset, &begin) ||
             __builtin_add_overflow(begin, t->bytes, &end) || end > g->bytes)
             return choir_fail(CHOIR_E_FORMAT,
@@ -282,7 +285,8 @@ static choir_status read_all(choir_gguf *g)
     return place_tensors(g);
 }
 
-choir_status choir_gguf_parse(const char *name, const void *data, size_t bytes, choir_gguf **out)
+static choir_status parse(const char *name, const void *data, size_t bytes, bool header_only,
+                          choir_gguf **out)
 {
     choir_gguf *g = choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *g);
     if (g == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", name);
@@ -290,6 +294,7 @@ choir_status choir_gguf_parse(const char *name, const void *data, size_t bytes, 
     g->name = g->own_name;
     g->data = data;
     g->bytes = bytes;
+    g->header_only = header_only;
     choir_status status = g->own_name == NULL ? choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", name)
                                               : read_all(g);
     if (status != CHOIR_OK) {
@@ -298,6 +303,17 @@ choir_status choir_gguf_parse(const char *name, const void *data, size_t bytes, 
     }
     *out = g;
     return CHOIR_OK;
+}
+
+choir_status choir_gguf_parse(const char *name, const void *data, size_t bytes, choir_gguf **out)
+{
+    return parse(name, data, bytes, false, out);
+}
+
+choir_status choir_gguf_parse_header(const char *name, const void *data, size_t bytes,
+                                     choir_gguf **out)
+{
+    return parse(name, data, bytes, true, out);
 }
 
 choir_status choir_gguf_open(const char *path, choir_gguf **out)

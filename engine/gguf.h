@@ -17,6 +17,9 @@ choir_status choir_gguf_open(const char *path, choir_gguf **out) CHOIR_MUST_USE;
 /* From memory, lent until close; for fuzzing. `name` is used in sentences. */
 choir_status choir_gguf_parse(const char *name, const void *data, size_t bytes, choir_gguf **out)
     CHOIR_MUST_USE;
+/* The same of a header alone: the tensors' bytes lie elsewhere, and their data is NULL. */
+choir_status choir_gguf_parse_header(const char *name, const void *data, size_t bytes,
+                                     choir_gguf **out) CHOIR_MUST_USE;
 void choir_gguf_close(choir_gguf *gguf);
 
 /* The whole file as it lies in memory, and its path. */

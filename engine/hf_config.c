@@ -12,12 +12,13 @@ typedef struct reader {
     const json_t *root;
 } reader;
 
-static choir_status load_json(const char *path, json_t **out)
+static choir_status load_json(const choir_texts *texts, const char *name, const char *path,
+                              json_t **out)
 {
     char *text;
     size_t bytes;
     json_error_t error;
-    CHOIR_TRY(choir_file_read(path, MAX_CONFIG_BYTES, &text, &bytes));
+    CHOIR_TRY(choir_texts_read(texts, name, MAX_CONFIG_BYTES, &text, &bytes));
     *out = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
     choir_free(text);
     if (!json_is_object(*out)) {
@@ -386,13 +387,14 @@ static choir_status read_layers(const reader *r, choir_model_config *c)
     return read_rope_layers(r, c);
 }
 
-static choir_status read_generation(const char *folder, choir_model_config *c)
+static choir_status read_generation(const choir_texts *texts, choir_model_config *c)
 {
+    static const char *const name = "generation_config.json";
     char path[4096];
     json_t *root;
-    snprintf(path, sizeof path, "%s/generation_config.json", folder);
-    if (!choir_file_exists(path)) return CHOIR_OK;
-    CHOIR_TRY(load_json(path, &root));
+    if (!choir_texts_have(texts, name)) return CHOIR_OK;
+    choir_texts_path(texts, name, path, sizeof path);
+    CHOIR_TRY(load_json(texts, name, path, &root));
     const reader r = {path, root};
     choir_status status = read_ids(&r, c);
     float top_k = 0;
@@ -425,13 +427,12 @@ static choir_status read_config(const reader *r, choir_model_config *c)
     return read_ids(r, c);
 }
 
-choir_status choir_config_read_hf(const char *folder, choir_model_config *c)
+choir_status choir_config_read_hf(const choir_texts *texts, choir_model_config *c)
 {
     char path[4096];
     json_t *root;
-    if ((size_t)snprintf(path, sizeof path, "%s/config.json", folder) >= sizeof path)
-        return choir_fail(CHOIR_E_INVALID, "the folder's name is too long");
-    CHOIR_TRY(load_json(path, &root));
+    choir_texts_path(texts, "config.json", path, sizeof path);
+    CHOIR_TRY(load_json(texts, "config.json", path, &root));
     /* A model that also sees and hears has the text's part inside. */
     const json_t *text = get(root, "text_config");
     const reader r = {path, json_is_object(text) ? text : root};
@@ -439,8 +440,8 @@ choir_status choir_config_read_hf(const char *folder, choir_model_config *c)
     if (status == CHOIR_OK && r.root != root) status = read_ids(&(reader){path, root}, c);
     json_decref(root);
     CHOIR_TRY(status);
-    const char *slash = strrchr(folder, '/');
+    const char *slash = strrchr(texts->path, '/');
     snprintf(c->name, sizeof c->name, "%.100s",
-             slash != NULL && slash[1] != '\0' ? slash + 1 : folder);
-    return read_generation(folder, c);
+             slash != NULL && slash[1] != '\0' ? slash + 1 : texts->path);
+    return read_generation(texts, c);
 }

@@ -1,9 +1,13 @@
 /* Binds a model file's tensors to the engine by role, packs them once into the kernels' layout and
  * makes the digest of their bytes, all workers together. In exact mode matrices stay views into the
  * file. */
+#include "engine/pack_file.h"
 #include "engine/state.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
+#include <unistd.h>
 #include <xxhash.h>
 
 /* A matrix to be packed: its source in the file and its place in the engine. */
@@ -11,6 +15,8 @@ typedef struct job {
     choir_slice source;
     const choir_matrix *matrix;
     uint32_t number; /* of the tensor, in the order of the roles */
+    const choir_pack_tensor *packed; /* NULL, or where it lies in a pack */
+    const choir_pack_run *run;       /* NULL, or of a pack's expert, whose first matrix this is */
 } job;
 
 typedef struct loader {
@@ -23,7 +29,8 @@ typedef struct loader {
     _Atomic uint64_t digest; /* relaxed sum over the tensors; read after the run */
     atomic_uint next_job;    /* relaxed ticket: jobs are disjoint; all meet at the run's end */
     _Atomic uint64_t packed; /* relaxed: progress only */
-    atomic_bool failed; /* relaxed: memory lacked for a rearranged tensor; read after the run */
+    atomic_uint failed; /* relaxed: a choir_status; read after the run */
+    int pack_fd;        /* -1: the file is no pack */
     choir_progress progress;
 } loader;
 
@@ -32,17 +39,6 @@ static void add_to_digest(loader *l, const choir_tensor *t, uint32_t number)
 {
     uint64_t hash = XXH3_64bits_withSeed(t->data, t->bytes, number);
     atomic_fetch_add_explicit(&l->digest, hash, memory_order_relaxed);
-}
-
-/* Gemma's folders have norm weights less one; its GGUF files have them whole. */
-static bool lacks_one(const loader *l, choir_role role)
-{
-    static const uint64_t norms = CHOIR_ROLE_BIT(OUTPUT_NORM) | CHOIR_ROLE_BIT(ATTN_NORM) |
-                                  CHOIR_ROLE_BIT(ATTN_POST_NORM) | CHOIR_ROLE_BIT(FFN_NORM) |
-                                  CHOIR_ROLE_BIT(FFN_POST_NORM) | CHOIR_ROLE_BIT(ATTN_Q_NORM) |
-                                  CHOIR_ROLE_BIT(ATTN_K_NORM);
-    return l->engine->config.family->norms_less_one && choir_model_file_gguf(l->file) == NULL &&
-           (norms >> role & 1) != 0;
 }
 
 /* A vector, or a small matrix, as f32; NULL if the model has none. */
@@ -65,13 +61,33 @@ static choir_status read_vector(loader *l, choir_role role, uint32_t layer_index
     float *values = choir_arena_alloc(l->engine->vectors, n * sizeof *values);
     if (values != NULL) {
         for (uint32_t r = 0; r < t.rows; r++) choir_tensor_row(&t, r, values + (size_t)r * t.cols);
-        for (size_t i = 0; lacks_one(l, role) && i < n; i++) values[i] += 1;
+        for (size_t i = 0; choir_model_file_lacks_one(l->file, role) && i < n; i++) values[i] += 1;
         add_to_digest(l, &t, l->n_tensors++);
     }
     choir_free(copy);
     *out = values;
     return values != NULL ? CHOIR_OK
                           : choir_fail(CHOIR_E_NO_MEMORY, "no memory for the model's vectors");
+}
+
+/* A pack's matrix; in exact mode it will be f32 again. */
+static choir_status plan_packed(loader *l, choir_role role, uint32_t layer_index, uint32_t index,
+                                choir_matrix *out)
+{
+    const choir_pack *pack = choir_model_file_pack(l->file);
+    const choir_pack_tensor *t = choir_pack_find(pack, role, layer_index, index);
+    CHOIR_ASSERT(t != NULL && l->n_jobs < l->max_jobs); /* choir_pack_check() has seen it */
+    *out = choir_pack_matrix(t);
+    if (l->engine->options.exact) {
+        const choir_tensor like = {CHOIR_F32, t->rows, t->cols, NULL,
+                                   (size_t)t->rows * t->cols * sizeof(float)};
+        *out = choir_matrix_exact(&like);
+    }
+    job j = {.matrix = out, .number = l->n_tensors++, .packed = t};
+    if (role == CHOIR_ROLE_EXPERT_GATE) j.run = choir_pack_find_run(pack, layer_index, index);
+    l->jobs[l->n_jobs++] = j;
+    l->total_bytes += out->bytes;
+    return CHOIR_OK;
 }
 
 /* Plans one matrix; it is packed later, when all sizes are known. In exact mode what lies as a
@@ -81,6 +97,8 @@ static choir_status plan_matrix(loader *l, choir_role role, uint32_t layer_index
 {
     choir_slice slice;
     choir_tensor t;
+    if (choir_model_file_pack(l->file) != NULL)
+        return plan_packed(l, role, layer_index, index, out);
     CHOIR_TRY(choir_model_file_slice(l->file, role, layer_index, index, &slice));
     bool in_place = choir_slice_is_tensor(&slice, &t);
     if (l->engine->options.exact) {
@@ -90,7 +108,7 @@ static choir_status plan_matrix(loader *l, choir_role role, uint32_t layer_index
         CHOIR_TRY(choir_matrix_plan(&t, out));
     }
     CHOIR_ASSERT(l->n_jobs < l->max_jobs);
-    l->jobs[l->n_jobs++] = (job){slice, out, l->n_tensors++};
+    l->jobs[l->n_jobs++] = (job){.source = slice, .matrix = out, .number = l->n_tensors++};
     l->total_bytes += out->bytes;
     return CHOIR_OK;
 }
@@ -123,6 +141,25 @@ static choir_status read_expert_biases(loader *l, uint32_t layer_index, uint32_t
 static const choir_role expert_roles[] = {CHOIR_ROLE_EXPERT_GATE, CHOIR_ROLE_EXPERT_UP,
                                           CHOIR_ROLE_EXPERT_DOWN};
 
+static choir_status place_packed(loader *l, uint32_t layer_index, uint32_t x)
+{
+    const choir_pack *pack = choir_model_file_pack(l->file);
+    const choir_pack_run *run = choir_pack_find_run(pack, layer_index, x);
+    const choir_expert_source source = {
+        .packed = true,
+        .n_extents = 1,
+        .extents = {{.bytes = (uint32_t)((run->bytes + CHOIR_PACK_PAGE - 1) / CHOIR_PACK_PAGE *
+                                         CHOIR_PACK_PAGE),
+                     .offset = run->offset}},
+        .checksum = run->checksum};
+    choir_expert planned = {0};
+    choir_matrix *parts[] = {&planned.gate, &planned.up, &planned.down};
+    for (int i = 0; i < 3; i++)
+        *parts[i] = choir_pack_matrix(choir_pack_find(pack, expert_roles[i], layer_index, x));
+    CHOIR_TRY(read_expert_biases(l, layer_index, x, &planned));
+    return choir_experts_place(l->engine->experts, layer_index, x, &planned, &source);
+}
+
 /* Streamed experts are not read now: the store learns where they lie. */
 static choir_status place_experts(loader *l, uint32_t layer_index)
 {
@@ -132,6 +169,10 @@ static choir_status place_experts(loader *l, uint32_t layer_index)
         choir_matrix *parts[] = {&planned.gate, &planned.up, &planned.down};
         choir_slice slices[3];
         uint64_t digest;
+        if (choir_model_file_pack(l->file) != NULL) {
+            CHOIR_TRY(place_packed(l, layer_index, x));
+            continue;
+        }
         for (int i = 0; i < 3; i++) {
             choir_tensor t;
             CHOIR_TRY(
@@ -314,17 +355,64 @@ static choir_status place_dense(loader *l)
     return CHOIR_OK;
 }
 
-/* False: no memory. */
-static bool pack_job(loader *l, const job *j)
+/* False: it cannot be read, or ends early. */
+static bool read_whole(int fd, uint64_t offset, void *to, size_t bytes)
+{
+    for (size_t done = 0; done < bytes;) {
+        ssize_t n = pread(fd, (char *)to + done, bytes - done, (off_t)(offset + done));
+        if (n == 0 || (n < 0 && errno != EINTR)) return false;
+        if (n > 0) done += (size_t)n;
+    }
+    posix_fadvise(fd, (off_t)offset, (off_t)bytes, POSIX_FADV_DONTNEED);
+    return true;
+}
+
+static void expand(const choir_matrix *packed, const choir_matrix *exact)
+{
+    for (uint32_t r = 0; r < packed->rows; r++)
+        choir_matrix_row(packed, r, (float *)exact->data + (size_t)r * packed->cols);
+}
+
+/* A pack's matrix, or all three of an expert, to where they belong: as they are, or f32. */
+static choir_status read_packed(loader *l, const job *j)
+{
+    uint64_t offset = j->packed->offset, checksum = j->packed->checksum;
+    size_t bytes = j->packed->bytes;
+    bool exact = l->engine->options.exact, expert = j->packed->role == CHOIR_ROLE_EXPERT_GATE;
+    if (j->packed->role == CHOIR_ROLE_EXPERT_UP || j->packed->role == CHOIR_ROLE_EXPERT_DOWN)
+        return CHOIR_OK; /* the gate's job reads the run */
+    if (j->run != NULL) {
+        bytes = j->run->bytes;
+        checksum = j->run->checksum;
+    }
+    void *copy = exact ? choir_alloc_pages(CHOIR_MEM_SCRATCH, bytes) : NULL;
+    if (exact && copy == NULL) return CHOIR_E_NO_MEMORY;
+    uint8_t *to = exact ? copy : (void *)j->matrix->data;
+    choir_status status = CHOIR_OK;
+    if (!read_whole(l->pack_fd, offset, to, bytes))
+        status = CHOIR_E_IO;
+    else if (XXH3_64bits(to, bytes) != checksum)
+        status = CHOIR_E_DATA_LOSS;
+    for (int i = 0; exact && status == CHOIR_OK && i < (expert ? 3 : 1); i++) {
+        choir_matrix packed = choir_pack_matrix(j[i].packed);
+        packed.data = to + (j[i].packed->offset - offset);
+        expand(&packed, j[i].matrix);
+    }
+    choir_free_pages(CHOIR_MEM_SCRATCH, copy, bytes);
+    return status;
+}
+
+static choir_status pack_job(loader *l, const job *j)
 {
     const choir_matrix *m = j->matrix;
     choir_tensor t;
     void *copy = NULL;
+    if (j->packed != NULL) return read_packed(l, j);
     if (!choir_slice_is_tensor(&j->source, &t)) {
         /* What is exact is copied to its place; the rest passes through memory of its own. */
         if (m->layout != CHOIR_LAYOUT_EXACT) {
             copy = choir_alloc(CHOIR_MEM_SCRATCH, t.bytes);
-            if (copy == NULL) return false;
+            if (copy == NULL) return CHOIR_E_NO_MEMORY;
         }
         t.data = copy != NULL ? copy : m->data;
         choir_slice_copy(&j->source, (void *)t.data);
@@ -332,7 +420,8 @@ static bool pack_job(loader *l, const job *j)
     add_to_digest(l, &t, j->number);
     if (m->layout != CHOIR_LAYOUT_EXACT) choir_matrix_pack(m, &t, (void *)m->data, 0, m->rows);
     choir_free(copy);
-    return true;
+    choir_slice_forget(&j->source);
+    return CHOIR_OK;
 }
 
 static void pack_jobs(void *arg, uint32_t worker, uint32_t n_workers)
@@ -342,8 +431,8 @@ static void pack_jobs(void *arg, uint32_t worker, uint32_t n_workers)
     for (;;) {
         uint32_t i = atomic_fetch_add_explicit(&l->next_job, 1, memory_order_relaxed);
         if (i >= l->n_jobs) return;
-        if (!pack_job(l, &l->jobs[i]))
-            atomic_store_explicit(&l->failed, true, memory_order_relaxed);
+        choir_status status = pack_job(l, &l->jobs[i]);
+        if (status != CHOIR_OK) atomic_store_explicit(&l->failed, status, memory_order_relaxed);
         uint64_t bytes = l->jobs[i].matrix->bytes;
         uint64_t done = atomic_fetch_add_explicit(&l->packed, bytes, memory_order_relaxed) + bytes;
         if (worker == 0 && l->engine->options.show_progress)
@@ -355,6 +444,21 @@ static int larger_first(const void *a, const void *b)
 {
     size_t x = ((const job *)a)->matrix->bytes, y = ((const job *)b)->matrix->bytes;
     return x < y ? 1 : x > y ? -1 : 0;
+}
+
+/* The workers' sentences are their own. */
+static choir_status tell_failure(const choir_engine *e, choir_status status)
+{
+    switch (status) {
+    case CHOIR_OK:
+        return CHOIR_OK;
+    case CHOIR_E_NO_MEMORY:
+        return choir_fail(status, "no memory to rearrange %s's tensors", e->config.name);
+    case CHOIR_E_DATA_LOSS:
+        return choir_fail(status, "%s is damaged: the checksum of a tensor is wrong", e->path);
+    default:
+        return choir_fail(status, "%s cannot be read to its end", e->path);
+    }
 }
 
 static choir_status create_store(choir_engine *e, const choir_model_file *file)
@@ -377,7 +481,7 @@ choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *
 {
     const choir_model_config *c = &e->config;
     uint32_t n_heads = choir_is_latent(c) ? c->n_heads : 0;
-    loader l = {.engine = e, .file = file};
+    loader l = {.engine = e, .file = file, .pack_fd = -1};
     l.max_jobs = 2 + c->n_layers * (8 + 3 * c->n_experts + 2 * n_heads);
     choir_status status = CHOIR_OK;
     e->layers = choir_calloc(CHOIR_MEM_WEIGHTS, c->n_layers, sizeof *e->layers);
@@ -387,6 +491,11 @@ choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *
         goto done;
     }
     CHOIR_TRY_TO(done, status, choir_arena_create(CHOIR_MEM_WEIGHTS, 1 << 20, &e->vectors));
+    if (choir_model_file_pack(file) != NULL) {
+        l.pack_fd = open(e->path, O_RDONLY | O_CLOEXEC);
+        if (l.pack_fd < 0)
+            CHOIR_TRY_TO(done, status, choir_fail(CHOIR_E_IO, "cannot open %s: %m", e->path));
+    }
     CHOIR_TRY_TO(done, status, create_store(e, file));
     CHOIR_TRY_TO(done, status, plan_all(&l));
     CHOIR_TRY_TO(done, status, place_dense(&l));
@@ -394,18 +503,20 @@ choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *
         CHOIR_TRY_TO(done, status,
                      choir_experts_start(e->experts, e->options.expert_bytes,
                                          e->options.max_expert_slots));
-    qsort(l.jobs, l.n_jobs, sizeof *l.jobs, larger_first);
+    if (l.pack_fd < 0) qsort(l.jobs, l.n_jobs, sizeof *l.jobs, larger_first);
     char what[96];
     snprintf(what, sizeof what, "loading %.80s", c->name);
     choir_progress_begin(&l.progress, what, CHOIR_PROGRESS_BYTES, l.total_bytes);
     choir_workers_run(e->workers, pack_jobs, &l);
     if (e->options.show_progress) choir_progress_end(&l.progress);
-    if (atomic_load_explicit(&l.failed, memory_order_relaxed))
-        CHOIR_TRY_TO(done, status,
-                     choir_fail(CHOIR_E_NO_MEMORY, "no memory to rearrange %s's tensors", c->name));
+    status = atomic_load_explicit(&l.failed, memory_order_relaxed);
+    CHOIR_TRY_TO(done, status, tell_failure(e, status));
     if (c->tied_head) e->head = e->embedding;
     e->digest = atomic_load_explicit(&l.digest, memory_order_relaxed);
+    if (l.pack_fd >= 0)
+        e->digest = choir_pack_get_header(choir_model_file_pack(file))->tables_hash;
 done:
+    if (l.pack_fd >= 0) close(l.pack_fd);
     choir_free(l.jobs);
     return status;
 }

@@ -7,9 +7,10 @@
 #pragma once
 #include "engine/families/families.h"
 #include "engine/gguf.h"
+#include "engine/texts.h"
 
-/* config.json (old and transformers-5 spelling) and generation_config.json of a folder. */
-choir_status choir_config_read_hf(const char *folder, choir_model_config *out) CHOIR_MUST_USE;
+/* config.json (old and transformers-5 spelling) and generation_config.json. */
+choir_status choir_config_read_hf(const choir_texts *texts, choir_model_config *out) CHOIR_MUST_USE;
 choir_status choir_config_read_gguf(const char *path, const choir_gguf *gguf,
                                     choir_model_config *out) CHOIR_MUST_USE;
 

@@ -2,6 +2,7 @@
 
 #include "base/base.h"
 #include "engine/model_config.h"
+#include "engine/pack_file.h"
 #include "engine/safetensors.h"
 
 #include <inttypes.h>
@@ -19,6 +20,7 @@ struct choir_model_file {
         *claimed; /* [tensors] has a place; NULL while the configuration is still being found out */
     choir_model_config config;
     choir_gguf *gguf;
+    choir_pack *pack;
     choir_safetensors **shards;
     uint32_t n_shards;
     char *chat_template;
@@ -310,6 +312,25 @@ static bool locate(const choir_model_file *f, choir_role role, uint32_t layer, u
     return false;
 }
 
+/* Vectors and gates lie in a pack as f32; the matrices do not lie as a tensor does. */
+static choir_status slice_of_pack(const choir_model_file *f, choir_role role, uint32_t layer,
+                                  uint32_t index, choir_slice *out)
+{
+    const choir_pack_tensor *t = choir_pack_find(f->pack, role, layer, index);
+    if (t == NULL || t->layout != CHOIR_LAYOUT_EXACT)
+        return choir_fail(t == NULL ? CHOIR_E_NOT_FOUND : CHOIR_E_UNIMPLEMENTED,
+                          "%s: %s of layer %u %s", f->path, choir_role_text(role), layer,
+                          t == NULL ? "is missing"
+                                    : "lies packed; what wants the tensor wants the model's own file");
+    *out = (choir_slice){.dtype = CHOIR_F32,
+                         .rows = t->rows,
+                         .cols = t->cols,
+                         .data = (const uint8_t *)choir_pack_vector(f->pack, t),
+                         .row_stride = t->cols * sizeof(float),
+                         .source = CHOIR_F32};
+    return CHOIR_OK;
+}
+
 choir_status choir_model_file_slice(const choir_model_file *f, choir_role role, uint32_t layer,
                                     uint32_t index, choir_slice *out)
 {
@@ -317,6 +338,7 @@ choir_status choir_model_file_slice(const choir_model_file *f, choir_role role, 
     const choir_place *place;
     found t;
     if (role == CHOIR_ROLE_HEAD && f->config.tied_head) role = CHOIR_ROLE_EMBEDDING;
+    if (f->pack != NULL) return slice_of_pack(f, role, layer, index, out);
     if (!locate(f, role, layer, index, name, sizeof name, &place, &t))
         return choir_fail(CHOIR_E_NOT_FOUND, "%s: tensor '%s' is missing", f->path,
                           name[0] != '\0' ? name : choir_role_text(role));
@@ -339,7 +361,11 @@ static bool has(const choir_model_file *f, choir_role role, uint32_t layer, foun
 {
     char name[256];
     const choir_place *place;
-    return locate(f, role, layer, 0, name, sizeof name, &place, out);
+    if (f->pack == NULL) return locate(f, role, layer, 0, name, sizeof name, &place, out);
+    const choir_pack_tensor *t = choir_pack_find(f->pack, role, layer, 0);
+    if (t == NULL) return false;
+    *out = (found){.n_dims = 2, .dims = {t->rows, t->cols}};
+    return true;
 }
 
 /* What the files tell and no key does: which layers are MoE, which optional roles there are, and
@@ -494,18 +520,21 @@ static choir_status open_index(choir_model_file *f, const char *path)
  * ones. */
 static choir_status read_hf_template(choir_model_file *f)
 {
-    char path[4096];
+    char *text;
     size_t bytes;
     json_error_t error;
-    snprintf(path, sizeof path, "%s/chat_template.jinja", f->path);
-    if (choir_file_exists(path))
-        return choir_file_read(path, MAX_TEMPLATE_BYTES, &f->chat_template, &bytes);
-    snprintf(path, sizeof path, "%s/tokenizer_config.json", f->path);
-    if (!choir_file_exists(path)) return CHOIR_OK;
-    json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES | JSON_DECODE_INT_AS_REAL, &error);
+    static const char *const config = "tokenizer_config.json";
+    if (choir_model_file_has_text(f, "chat_template.jinja"))
+        return choir_model_file_text(f, "chat_template.jinja", MAX_TEMPLATE_BYTES,
+                                     &f->chat_template, &bytes);
+    if (!choir_model_file_has_text(f, config)) return CHOIR_OK;
+    CHOIR_TRY(choir_model_file_text(f, config, MAX_INDEX_BYTES, &text, &bytes));
+    json_t *root =
+        json_loadb(text, bytes, JSON_REJECT_DUPLICATES | JSON_DECODE_INT_AS_REAL, &error);
+    choir_free(text);
     if (root == NULL)
-        return choir_fail(CHOIR_E_FORMAT, "%s: bad JSON in line %d: %s", path, error.line,
-                          error.text);
+        return choir_fail(CHOIR_E_FORMAT, "%s/%s: bad JSON in line %d: %s", f->path, config,
+                          error.line, error.text);
     const json_t *source = json_object_get(root, "chat_template");
     for (size_t i = 0; json_is_array(source) && i < json_array_size(source); i++) {
         const json_t *named = json_array_get(source, i);
@@ -519,13 +548,13 @@ static choir_status read_hf_template(choir_model_file *f)
         f->chat_template = choir_strdup(CHOIR_MEM_OTHER, json_string_value(source));
     bool failed = json_is_string(source) && f->chat_template == NULL;
     json_decref(root);
-    return failed ? choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", path) : CHOIR_OK;
+    return failed ? choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", f->path) : CHOIR_OK;
 }
 
 static choir_status open_folder(choir_model_file *f)
 {
     char path[4096];
-    CHOIR_TRY(choir_config_read_hf(f->path, &f->config));
+    CHOIR_TRY(choir_config_read_hf(&(choir_texts){.path = f->path}, &f->config));
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", f->path);
     if (choir_file_exists(path)) {
         CHOIR_TRY(open_index(f, path));
@@ -537,9 +566,24 @@ static choir_status open_folder(choir_model_file *f)
     return read_hf_template(f);
 }
 
-static choir_status open_gguf(choir_model_file *f)
+static choir_status read_gguf_template(choir_model_file *f)
 {
     choir_text source;
+    if (!choir_gguf_string(f->gguf, "tokenizer.chat_template", &source)) return CHOIR_OK;
+    if (source.bytes > MAX_TEMPLATE_BYTES || memchr(source.data, 0, source.bytes) != NULL)
+        return choir_fail(CHOIR_E_FORMAT,
+                          "%s: tokenizer.chat_template has %zu bytes or a NUL in it, the "
+                          "limit is %d",
+                          f->path, source.bytes, MAX_TEMPLATE_BYTES);
+    f->chat_template = choir_alloc(CHOIR_MEM_OTHER, source.bytes + 1);
+    if (f->chat_template == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", f->path);
+    memcpy(f->chat_template, source.data, source.bytes);
+    f->chat_template[source.bytes] = '\0';
+    return CHOIR_OK;
+}
+
+static choir_status open_gguf(choir_model_file *f)
+{
     CHOIR_TRY(choir_gguf_open(f->path, &f->gguf));
     int64_t n_files;
     if (choir_gguf_integer(f->gguf, "split.count", &n_files) && n_files > 1)
@@ -553,17 +597,7 @@ static choir_status open_gguf(choir_model_file *f)
     CHOIR_TRY(choir_map_open(f->path, &map));
     f->bytes = map.bytes;
     choir_map_close(&map);
-    if (!choir_gguf_string(f->gguf, "tokenizer.chat_template", &source)) return CHOIR_OK;
-    if (source.bytes > MAX_TEMPLATE_BYTES || memchr(source.data, 0, source.bytes) != NULL)
-        return choir_fail(CHOIR_E_FORMAT,
-                          "%s: tokenizer.chat_template has %zu bytes or a NUL in it, the "
-                          "limit is %d",
-                          f->path, source.bytes, MAX_TEMPLATE_BYTES);
-    f->chat_template = choir_alloc(CHOIR_MEM_OTHER, source.bytes + 1);
-    if (f->chat_template == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", f->path);
-    memcpy(f->chat_template, source.data, source.bytes);
-    f->chat_template[source.bytes] = '\0';
-    return CHOIR_OK;
+    return read_gguf_template(f);
 }
 
 /* "Q4_1 (210), F32 (61)", and the number of parameters. */
@@ -623,8 +657,38 @@ static choir_status check_layers(const choir_model_file *f)
     return CHOIR_OK;
 }
 
+/* What the texts say, and what the tables have. */
+static choir_status open_pack(choir_model_file *f)
+{
+    const char *header;
+    size_t bytes;
+    CHOIR_TRY(choir_pack_open(f->path, &f->pack));
+    const choir_pack_header *h = choir_pack_get_header(f->pack);
+    f->bytes = h->file_bytes;
+    f->n_parameters = h->n_parameters;
+    snprintf(f->types, sizeof f->types, "%s", h->types);
+    if ((h->flags & CHOIR_PACK_FROM_GGUF) != 0) {
+        if (!choir_pack_text(f->pack, "gguf", &header, &bytes))
+            return choir_fail(CHOIR_E_FORMAT, "%s lacks the text 'gguf'", f->path);
+        CHOIR_TRY(choir_gguf_parse_header(f->path, header, bytes, &f->gguf));
+        CHOIR_TRY(choir_config_read_gguf(f->path, f->gguf, &f->config));
+        CHOIR_TRY(read_gguf_template(f));
+    } else {
+        const choir_texts texts = {f->path, f->pack};
+        CHOIR_TRY(choir_config_read_hf(&texts, &f->config));
+        CHOIR_TRY(read_hf_template(f));
+    }
+    snprintf(f->config.name, sizeof f->config.name, "%s", h->name);
+    f->config.tied_head = choir_pack_find(f->pack, CHOIR_ROLE_HEAD, 0, 0) == NULL;
+    CHOIR_TRY(choir_config_check(f->path, &f->config));
+    look_at_tensors(f);
+    CHOIR_TRY(check_layers(f));
+    return choir_pack_check(f->pack, &f->config);
+}
+
 static choir_status open_any(choir_model_file *f)
 {
+    if (choir_pack_is(f->path)) return open_pack(f);
     if (choir_folder_exists(f->path))
         CHOIR_TRY(open_folder(f));
     else
@@ -670,10 +734,57 @@ void choir_model_file_close(choir_model_file *f)
     for (uint32_t i = 0; i < f->n_shards; i++) choir_safetensors_close(f->shards[i]);
     choir_free(f->shards);
     choir_gguf_close(f->gguf);
+    choir_pack_close(f->pack);
     choir_free(f->chat_template);
     choir_free(f->claimed);
     choir_free(f->path);
     choir_free(f);
+}
+
+const choir_pack *choir_model_file_pack(const choir_model_file *f)
+{
+    return f->pack;
+}
+
+bool choir_model_file_has_text(const choir_model_file *f, const char *name)
+{
+    return choir_texts_have(&(choir_texts){f->path, f->pack}, name);
+}
+
+choir_status choir_model_file_text(const choir_model_file *f, const char *name, size_t max_bytes,
+                                   char **out, size_t *bytes)
+{
+    return choir_texts_read(&(choir_texts){f->path, f->pack}, name, max_bytes, out, bytes);
+}
+
+choir_status choir_model_file_plan(const choir_model_file *f, choir_role role, uint32_t layer,
+                                   uint32_t index, choir_matrix *out)
+{
+    choir_slice slice;
+    choir_tensor t;
+    if (f->pack != NULL) {
+        const choir_pack_tensor *p = choir_pack_find(f->pack, role, layer, index);
+        if (p == NULL)
+            return choir_fail(CHOIR_E_NOT_FOUND, "%s: %s of layer %u is missing", f->path,
+                              choir_role_text(role), layer);
+        *out = choir_pack_matrix(p);
+        return CHOIR_OK;
+    }
+    CHOIR_TRY(choir_model_file_slice(f, role, layer, index, &slice));
+    choir_slice_is_tensor(&slice, &t); /* its shape, wherever it lies */
+    CHOIR_TRY(choir_matrix_plan(&t, out));
+    out->data = NULL;
+    return CHOIR_OK;
+}
+
+bool choir_model_file_lacks_one(const choir_model_file *f, choir_role role)
+{
+    static const uint64_t norms = CHOIR_ROLE_BIT(OUTPUT_NORM) | CHOIR_ROLE_BIT(ATTN_NORM) |
+                                  CHOIR_ROLE_BIT(ATTN_POST_NORM) | CHOIR_ROLE_BIT(FFN_NORM) |
+                                  CHOIR_ROLE_BIT(FFN_POST_NORM) | CHOIR_ROLE_BIT(ATTN_Q_NORM) |
+                                  CHOIR_ROLE_BIT(ATTN_K_NORM);
+    return f->config.family->norms_less_one && f->pack == NULL && f->gguf == NULL &&
+           (norms >> role & 1) != 0;
 }
 
 uint32_t choir_model_file_n_parts(const choir_model_file *f)
@@ -741,5 +852,5 @@ const char *choir_model_file_chat_template(const choir_model_file *f)
 
 const char *choir_model_file_kind(const choir_model_file *f)
 {
-    return f->gguf != NULL ? "GGUF" : "safetensors";
+    return f->pack != NULL ? "pack" : f->gguf != NULL ? "GGUF" : "safetensors";
 }

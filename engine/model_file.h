@@ -1,4 +1,4 @@
-/* WHAT    A model as it lies on disk, Hugging Face folder or GGUF v3, behind one face: its configuration,
+/* WHAT    A model as it lies on disk, Hugging Face folder, GGUF v3 or pack, behind one face: its configuration,
  *         its tensors by role, where its tokenizer and chat template are.
  * OWNS    The maps of its files; every choir_tensor it gives is a view that ends with close.
  * THREADS Open in one thread; after that read-only, any thread.
@@ -113,19 +113,25 @@ size_t choir_slice_bytes(const choir_slice *slice); /* of rows x cols in dtype *
 size_t choir_slice_span(const choir_slice *slice);
 /* True when it lies as a tensor does, and can be used where it is. */
 bool choir_slice_is_tensor(const choir_slice *slice, choir_tensor *out);
+/* Its pages may leave memory until they are read again. */
+void choir_slice_forget(const choir_slice *slice);
 /* Writes choir_slice_bytes() bytes, row after row. */
 void choir_slice_copy(const choir_slice *slice, void *out);
 
 typedef struct choir_model_file choir_model_file;
 typedef struct choir_gguf choir_gguf; /* engine/gguf.h, for the tokenizer's metadata */
+typedef struct choir_pack choir_pack; /* engine/pack_file.h */
 
 choir_status choir_model_file_open(const char *path, choir_model_file **out) CHOIR_MUST_USE;
 void choir_model_file_close(choir_model_file *file);
 
 const choir_model_config *choir_model_file_config(const choir_model_file *file);
 const char *choir_model_file_path(const choir_model_file *file);
-const choir_gguf *choir_model_file_gguf(const choir_model_file *file); /* NULL for a HF folder */
-const char *choir_model_file_kind(const choir_model_file *file);       /* "GGUF", "safetensors" */
+/* NULL for a folder, and for a pack of one; of a pack of a GGUF file its header alone. */
+const choir_gguf *choir_model_file_gguf(const choir_model_file *file);
+/* NULL unless it is a pack: its matrices are no slices, but lie in the kernels' layout. */
+const choir_pack *choir_model_file_pack(const choir_model_file *file);
+const char *choir_model_file_kind(const choir_model_file *file);       /* "GGUF", "safetensors", "pack" */
 uint64_t choir_model_file_bytes(const choir_model_file *file);         /* on disk, all shards */
 uint64_t choir_model_file_n_parameters(const choir_model_file *file);
 /* "Q4_1 (210), F32 (61)": types by count, for people. Valid until close. */
@@ -139,11 +145,22 @@ choir_status choir_model_file_slice(const choir_model_file *file, choir_role rol
 choir_status choir_model_file_tensor(const choir_model_file *file, choir_role role, uint32_t layer,
                                      uint32_t index, choir_tensor *out) CHOIR_MUST_USE;
 
+/* Norm weights that lie less one, as those of Gemma's folders do. */
+bool choir_model_file_lacks_one(const choir_model_file *file, choir_role role);
+
 /* The files that the tensors lie in, and where in which a slice's bytes are; false: not in a file. */
 uint32_t choir_model_file_n_parts(const choir_model_file *file);
 const char *choir_model_file_part_path(const choir_model_file *file, uint32_t part);
 bool choir_model_file_locate(const choir_model_file *file, const void *data, uint32_t *part,
                              uint64_t *offset);
+
+/* A text of a folder, or of a pack of one, by name: "tokenizer.json". choir_free() it. */
+bool choir_model_file_has_text(const choir_model_file *file, const char *name);
+choir_status choir_model_file_text(const choir_model_file *file, const char *name, size_t max_bytes,
+                                   char **out, size_t *bytes) CHOIR_MUST_USE;
+/* A role's matrix as the kernels will have it (data NULL): its bytes in memory. */
+choir_status choir_model_file_plan(const choir_model_file *file, choir_role role, uint32_t layer,
+                                   uint32_t index, choir_matrix *out) CHOIR_MUST_USE;
 
 /* The model's own Jinja chat template, or NULL; lent until close. */
 const char *choir_model_file_chat_template(const choir_model_file *file);

@@ -3,6 +3,7 @@
 #include "engine/model_file.h"
 
 #include <string.h>
+#include <sys/mman.h>
 
 typedef enum where { MODEL, LAYER, DENSE, MOE, EXPERT, HEAD } where;
 typedef enum when { ALWAYS, OPTIONAL, UNTIED, GQA, LATENT, DIRECT_Q, LORA_Q } when;
@@ -170,6 +171,13 @@ size_t choir_slice_span(const choir_slice *s)
                      ? choir_dtype_row_bytes(s->dtype, s->cols)
                      : (s->cols - 1) * s->col_stride + choir_dtype_block_bytes(s->dtype);
     return (s->rows - 1) * s->row_stride + row;
+}
+
+void choir_slice_forget(const choir_slice *s)
+{
+    uintptr_t begin = ((uintptr_t)s->data + 4095) & ~(uintptr_t)4095;
+    uintptr_t end = ((uintptr_t)s->data + choir_slice_span(s)) & ~(uintptr_t)4095;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
 bool choir_slice_is_tensor(const choir_slice *s, choir_tensor *out)

@@ -16,11 +16,18 @@ struct expert_slices {
 choir_status choir_stream_create(choir_engine *e, const choir_model_file *file)
 {
     size_t n = (size_t)e->config.n_layers * e->config.n_experts;
+    uint32_t number;
+    if (choir_model_file_pack(file) != NULL) {
+        if (e->options.exact)
+            return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                              "%s: exact arithmetic on a pack wants all its experts in memory",
+                              e->path);
+        return choir_experts_add_file(e->experts, e->path, &number);
+    }
     e->slices = choir_calloc(CHOIR_MEM_EXPERTS, n, sizeof *e->slices);
     if (e->slices == NULL)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the places of %zu experts", n);
     for (uint32_t i = 0; i < choir_model_file_n_parts(file); i++) {
-        uint32_t number;
         CHOIR_TRY(choir_experts_add_file(e->experts, choir_model_file_part_path(file, i), &number));
         CHOIR_ASSERT(number == i);
     }

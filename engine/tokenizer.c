@@ -386,14 +386,13 @@ choir_status choir_tokenizer_open(const choir_model_file *file, choir_tokenizer 
 {
     const choir_gguf *gguf = choir_model_file_gguf(file);
     if (gguf != NULL) return choir_tokenizer_parse_gguf(gguf, out);
-    char path[PATH_MAX], *json, *config = NULL;
+    char *json, *config = NULL;
     size_t bytes, config_bytes = 0;
-    const char *folder = choir_model_file_path(file);
-    snprintf(path, sizeof path, "%s/tokenizer.json", folder);
-    CHOIR_TRY(choir_file_read(path, MAX_FILE, &json, &bytes));
-    snprintf(path, sizeof path, "%s/tokenizer_config.json", folder);
+    static const char *const config_name = "tokenizer_config.json";
+    CHOIR_TRY(choir_model_file_text(file, "tokenizer.json", MAX_FILE, &json, &bytes));
     choir_status status = CHOIR_OK;
-    if (choir_file_exists(path)) status = choir_file_read(path, MAX_FILE, &config, &config_bytes);
+    if (choir_model_file_has_text(file, config_name))
+        status = choir_model_file_text(file, config_name, MAX_FILE, &config, &config_bytes);
     if (status == CHOIR_OK) status = choir_tokenizer_parse_json(json, bytes, out);
     if (status == CHOIR_OK && config != NULL) {
         status = choir_tokenizer_read_config(*out, config, config_bytes);
@@ -401,5 +400,5 @@ choir_status choir_tokenizer_open(const choir_model_file *file, choir_tokenizer 
     }
     choir_free(json);
     choir_free(config);
-    return status == CHOIR_OK ? status : choir_fail_in(status, "%s", folder);
+    return status == CHOIR_OK ? status : choir_fail_in(status, "%s", choir_model_file_path(file));
 }

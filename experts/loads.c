@@ -186,7 +186,7 @@ void load_check(choir_experts *store, slot *s)
     const entry *e = &store->entries[s->entry];
     s->damaged = false;
     if (e->source.packed) {
-        s->damaged = XXH3_64bits(s->data, e->source.extents[0].bytes) != e->source.checksum;
+        s->damaged = XXH3_64bits(s->data, choir_expert_run_bytes(&e->expert)) != e->source.checksum;
     } else {
         const uint8_t *staged[CHOIR_EXPERT_EXTENTS];
         choir_expert into = e->expert;

@@ -34,7 +34,7 @@ declare -A public=(
     [tune]='tune/tune.h'
 )
 # The engine's parts that read model files, gates and tensors for surgery are open to tune/.
-tune_extra='engine/gguf.h engine/safetensors.h engine/families/families.h'
+tune_extra='engine/pack_file.h engine/gguf.h engine/safetensors.h engine/families/families.h'
 
 folder_of() { # path of a file below one of the folders above, or nothing
     case $1 in

@@ -9,7 +9,7 @@ enum { BLOCK = 32 };
 bool choir_tune_can_encode(choir_dtype dtype)
 {
     return dtype == CHOIR_F32 || dtype == CHOIR_F16 || dtype == CHOIR_BF16 || dtype == CHOIR_Q8_0 ||
-           dtype == CHOIR_Q4_1;
+           dtype == CHOIR_Q4_1 || dtype == CHOIR_Q4_0;
 }
 
 static void put_f16(float x, uint8_t *out)
@@ -73,6 +73,27 @@ static bool encode_q4_1(const float *x, uint8_t *out)
     return true;
 }
 
+/* d = the value of largest |x|, sign and all, / -8; q = x / d + 8 rounded */
+static bool encode_q4_0(const float *x, uint8_t *out)
+{
+    float max = 0, largest = 0;
+    uint8_t q[BLOCK];
+    for (int i = 0; i < BLOCK; i++)
+        if (fabsf(x[i]) > largest) {
+            largest = fabsf(x[i]);
+            max = x[i];
+        }
+    float d = max / -8, inverse = inverse_of(d);
+    if (fabsf(d) > F16_MAX) return false;
+    put_f16(d, out);
+    for (int i = 0; i < BLOCK; i++) {
+        int v = (int)(x[i] * inverse + 8.5F);
+        q[i] = (uint8_t)(v > 15 ? 15 : v);
+    }
+    for (int i = 0; i < BLOCK / 2; i++) out[2 + i] = (uint8_t)(q[i] | q[i + BLOCK / 2] << 4);
+    return true;
+}
+
 bool choir_tune_encode(choir_dtype dtype, const float *x, uint32_t n, void *out)
 {
     uint8_t *to = out;
@@ -99,6 +120,9 @@ bool choir_tune_encode(choir_dtype dtype, const float *x, uint32_t n, void *out)
         return good;
     case CHOIR_Q4_1:
         for (uint32_t i = 0; i < n && good; i += BLOCK, to += 20) good = encode_q4_1(x + i, to);
+        return good;
+    case CHOIR_Q4_0:
+        for (uint32_t i = 0; i < n && good; i += BLOCK, to += 18) good = encode_q4_0(x + i, to);
         return good;
     default:
         CHOIR_ASSERT(!"a type that cannot be written");

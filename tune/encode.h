@@ -1,4 +1,4 @@
-/* WHAT    Rows of f32 into the types that Choir writes: F32, F16, BF16, Q8_0, Q4_1; bit for bit what gguf-py and
+/* WHAT    Rows of f32 into the types that Choir writes: F32, F16, BF16, Q8_0, Q4_1, Q4_0; bit for bit what gguf-py and
  *         PyTorch make of them.
  * OWNS    Nothing.
  * THREADS Any.

@@ -10,6 +10,8 @@
 #pragma once
 #include "engine/engine.h"
 
+#include <signal.h>
+
 /* Where gates start from. HIDDEN: with mu_e the mean FFN input over sample text e, c the mean of all
  * mu_e: gate row e is (mu_e - c) made orthogonal to c, of length `temperature`. UNIFORM: zeros. */
 typedef enum choir_gate_init { CHOIR_GATES_HIDDEN, CHOIR_GATES_UNIFORM } choir_gate_init;
@@ -41,6 +43,18 @@ typedef struct choir_upcycle_options {
                              .top_k = 2,                                                           \
                              .dtype = CHOIR_N_DTYPES,                                              \
                              .shard_bytes = UINT64_C(5000000000)})
+
+/* `choir pack`: any model into a `.choir` file, streamed, whole or not there; an unfinished file of the same
+ * model and options is gone on with. */
+typedef struct choir_pack_options {
+    const char *model; /* .gguf or a Hugging Face folder */
+    const char *out;   /* NAME.choir */
+    choir_dtype quant; /* of all matrices but gates: Q4_0, Q8_0, BF16; CHOIR_N_DTYPES: as they are */
+    uint32_t n_threads;
+    bool show_progress;
+    const volatile sig_atomic_t *interrupted; /* NULL, or stops at its next unit, to be gone on with */
+} choir_pack_options;
+choir_status choir_pack_write(const choir_pack_options *options) CHOIR_MUST_USE;
 
 /* A GGUF output replaces a file of that name; a folder must not be there. */
 choir_status choir_upcycle(const choir_upcycle_options *options) CHOIR_MUST_USE;

@@ -1,6 +1,7 @@
 /* Experts that are read as they are wanted give the bits of experts that are all in memory: every
  * family, every file, every way to read, however few slots there are. */
 #include "tests/engine/sequence.h"
+#include "tune/tune.h"
 
 #include <dirent.h>
 #include <setjmp.h>
@@ -9,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -65,9 +67,9 @@ static float *run(choir_engine *engine)
     return logits;
 }
 
-static void compare(const char *path, const case_ *c, const float *wanted)
+static void compare(const char *path, const case_ *c, const float *wanted, bool streamed)
 {
-    choir_engine *engine = open_engine(path, c, true);
+    choir_engine *engine = open_engine(path, c, streamed);
     const choir_model_config *config = choir_engine_config(engine);
     float *got = run(engine);
     for (size_t i = 0; i < 2 * (size_t)N_TOKENS * config->vocab; i++)
@@ -76,12 +78,23 @@ static void compare(const char *path, const case_ *c, const float *wanted)
                      choir_io_text(c->io), i, (double)got[i], (double)wanted[i]);
     free(got);
     choir_experts_stats s = choir_engine_expert_stats(engine);
-    assert_true(s.streamed);
+    assert_int_equal(choir_engine_n_experts_pinned(engine), 0);
+    assert_int_equal(s.streamed, streamed);
+    if (!streamed) {
+        choir_engine_close(engine);
+        return;
+    }
     assert_int_equal(s.n_slots, c->n_slots < s.n_experts ? c->n_slots : s.n_experts);
     assert_true(s.n_slots_used <= s.n_slots);
     assert_true(s.n_misses > 0 && s.bytes_read > 0 && s.n_failed == 0 && s.n_damaged == 0);
-    assert_int_equal(choir_engine_n_experts_pinned(engine), 0);
     choir_engine_close(engine);
+}
+
+static void make_pack(const char *path, char *pack, size_t bytes)
+{
+    snprintf(pack, bytes, "/tmp/streaming_test-%ld.choir", (long)getpid());
+    const choir_pack_options o = {.model = path, .out = pack, .quant = CHOIR_N_DTYPES, .n_threads = 2};
+    if (choir_pack_write(&o) != CHOIR_OK) fail_msg("%s: %s", path, choir_error_message());
 }
 
 static void try_model(const char *path)
@@ -91,17 +104,24 @@ static void try_model(const char *path)
         {3, 2, CHOIR_IO_URING_PLAIN, false}, {2, 5, CHOIR_IO_AUTO, true},
         {2, 1000, CHOIR_IO_AUTO, false},
     };
-    float *wanted[2] = {NULL, NULL};
+    float *wanted[2];
+    bool moe = false;
     for (int exact = 0; exact < 2; exact++) {
         const case_ resident = {.n_threads = 2, .exact = exact};
         choir_engine *engine = open_engine(path, &resident, false);
-        bool moe = choir_engine_config(engine)->n_experts > 0;
-        if (moe) wanted[exact] = run(engine);
+        moe = choir_engine_config(engine)->n_experts > 0;
+        wanted[exact] = run(engine);
         choir_engine_close(engine);
-        if (!moe) return;
     }
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        compare(path, &cases[i], wanted[cases[i].exact]);
+    char pack[64];
+    make_pack(path, pack, sizeof pack);
+    for (size_t i = 0; moe && i < sizeof cases / sizeof *cases; i++) {
+        compare(path, &cases[i], wanted[cases[i].exact], true);
+        compare(pack, &cases[i], wanted[cases[i].exact], !cases[i].exact);
+    }
+    const case_ resident = {.n_threads = 2};
+    compare(pack, &resident, wanted[0], false);
+    unlink(pack);
     free(wanted[0]);
     free(wanted[1]);
 }

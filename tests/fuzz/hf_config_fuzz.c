@@ -25,7 +25,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
     const char *folder = write_two_files("config.json", "generation_config.json", data, bytes);
     choir_model_config c;
-    choir_status status = choir_config_read_hf(folder, &c);
+    choir_status status = choir_config_read_hf(&(choir_texts){.path = folder}, &c);
     if (status == CHOIR_OK) status = choir_config_check(folder, &c);
     if (status == CHOIR_OK) check_config(&c);
     CHOIR_ASSERT(status != CHOIR_E_INTERNAL && status != CHOIR_E_IO && status != CHOIR_E_NOT_FOUND);
