@@ -118,6 +118,13 @@ void choir_free_pages(choir_memory_tag tag, void *p, size_t bytes)
     count(tag, size, false);
 }
 
+void choir_forget_pages(void *p, size_t bytes)
+{
+    uintptr_t begin = ((uintptr_t)p + 4095) & ~(uintptr_t)4095;
+    uintptr_t end = ((uintptr_t)p + bytes) & ~(uintptr_t)4095;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
 size_t choir_memory_bytes(choir_memory_tag tag)
 {
     return atomic_load_explicit(&bytes_held[tag], memory_order_relaxed);

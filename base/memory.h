@@ -39,6 +39,9 @@ void choir_free(void *p); /* NULL is fine; only for memory of the calls above */
 void *choir_alloc_pages(choir_memory_tag tag, size_t bytes) CHOIR_MUST_USE;
 void choir_free_pages(choir_memory_tag tag, void *p, size_t bytes);
 
+/* The whole system pages within are given back; they read as zeros afterwards. */
+void choir_forget_pages(void *p, size_t bytes);
+
 size_t choir_memory_bytes(choir_memory_tag tag);
 const char *choir_memory_tag_text(choir_memory_tag tag);
 uint64_t choir_memory_n_allocs(void);      /* calls so far, for "a warm step allocates nothing" */

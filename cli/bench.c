@@ -59,7 +59,7 @@ static choir_status prefill(bench *b, uint32_t batch, double *rate)
     for (uint32_t s = 0; s < batch; s++)
         for (uint32_t at = 0; at < b->prompt; at += STEP_ROWS) {
             uint32_t n = b->prompt - at < STEP_ROWS ? b->prompt - at : STEP_ROWS;
-            choir_span span = {.tokens = b->tokens + at,
+            choir_span span = {.tokens = b->tokens + s + at,
                                .n_tokens = n,
                                .position = at,
                                .pages = b->pages + (size_t)s * b->pages_per_sequence,
@@ -76,7 +76,7 @@ static choir_status decode(bench *b, uint32_t batch, double *rate)
     uint64_t start = choir_clock_now();
     for (uint32_t i = 0; i < b->generate; i++) {
         for (uint32_t s = 0; s < batch; s++)
-            b->spans[s] = (choir_span){.tokens = b->tokens + i,
+            b->spans[s] = (choir_span){.tokens = b->tokens + s + b->prompt + i,
                                        .n_tokens = 1,
                                        .position = b->prompt + i,
                                        .pages = b->pages + (size_t)s * b->pages_per_sequence,
@@ -114,12 +114,14 @@ static choir_status open_bench(const values *v, const char *model, uint32_t larg
                           config->max_positions);
     b->pages =
         choir_alloc(CHOIR_MEM_OTHER, (size_t)b->pages_per_sequence * largest * sizeof *b->pages);
-    b->tokens = choir_alloc(CHOIR_MEM_OTHER, total * sizeof *b->tokens);
+    /* Sequence s begins at token s: they differ, and so do the experts that they want. */
+    uint32_t n_tokens = total + largest;
+    b->tokens = choir_alloc(CHOIR_MEM_OTHER, n_tokens * sizeof *b->tokens);
     b->spans = choir_alloc(CHOIR_MEM_OTHER, largest * sizeof *b->spans);
     if (b->pages == NULL || b->tokens == NULL || b->spans == NULL)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the bench");
     for (uint32_t i = 0; i < b->pages_per_sequence * largest; i++) b->pages[i] = i;
-    for (uint32_t i = 0; i < total; i++) b->tokens[i] = (i * 7919 + 11) % config->vocab;
+    for (uint32_t i = 0; i < n_tokens; i++) b->tokens[i] = (i * 7919 + 11) % config->vocab;
     return CHOIR_OK;
 }
 

@@ -64,6 +64,8 @@ typedef struct choir_cli_engine_values {
     uint64_t threads;
     const char *cpu_level;
     bool exact;
+    uint64_t memory;
+    const char *io, *policy;
     const char *adapter;
 } choir_cli_engine_values;
 // clang-format off
@@ -74,6 +76,12 @@ typedef struct choir_cli_engine_values {
      "reference, avx2 or avx512vnni instead of this CPU's best", 0, 0},                                          \
     {"exact", 0, CHOIR_OPTION_FLAG, offsetof(type, member.exact), NULL,                                          \
      "f32 activations and accumulation over dequantised weights: slow, the reference", 0, 0},                    \
+    {"memory", 0, CHOIR_OPTION_SIZE, offsetof(type, member.memory), "8GiB",                                      \
+     "budget for weights, KV pages and scratch together; experts beyond it are streamed from the file", 0, 0},   \
+    {"expert-io", 0, CHOIR_OPTION_TEXT, offsetof(type, member.io), "HOW",                                        \
+     "auto, io_uring, io_uring-plain or pread: how streamed experts are read", 0, 0},                            \
+    {"expert-policy", 0, CHOIR_OPTION_TEXT, offsetof(type, member.policy), "WHO",                                \
+     "lru, lfu or router: which experts stay in memory", 0, 0},                                                  \
     {"adapter", 0, CHOIR_OPTION_TEXT, offsetof(type, member.adapter), "DIR", "a LoRA adapter (not there yet)", 0, 0}
 // clang-format on
 choir_status choir_cli_engine_options(const choir_cli_engine_values *values,

@@ -50,6 +50,14 @@ choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
     options->n_threads = (uint32_t)values->threads;
     options->exact = values->exact;
     options->show_progress = true;
+    options->memory_bytes = values->memory;
+    if (values->io != NULL && !choir_io_parse(values->io, &options->io))
+        return choir_fail(CHOIR_E_INVALID,
+                          "--expert-io is '%.40s', must be auto, io_uring, io_uring-plain or pread",
+                          values->io);
+    if (values->policy != NULL && !choir_policy_parse(values->policy, &options->policy))
+        return choir_fail(CHOIR_E_INVALID, "--expert-policy is '%.40s', must be lru, lfu or router",
+                          values->policy);
     if (values->cpu_level != NULL && !choir_cpu_level_parse(values->cpu_level, &options->level))
         return choir_fail(CHOIR_E_INVALID,
                           "--cpu-level is '%.40s', must be reference, avx2 or avx512vnni",

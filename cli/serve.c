@@ -12,7 +12,7 @@ typedef struct values {
     const char *config, *http, *override_generation_config, *adapters, *kv_cache_dtype, *tls_cert,
         *tls_key;
     choir_option_list listen, served_model_name, api_key, lora_modules;
-    uint64_t memory, max_model_len, max_num_seqs, max_num_batched_tokens, max_queued, seed;
+    uint64_t max_model_len, max_num_seqs, max_num_batched_tokens, max_queued, seed;
     uint64_t shutdown_timeout, watchdog_timeout, max_message;
     bool no_prefix_cache;
 } values;
@@ -33,9 +33,6 @@ static const choir_option options[] = {
      "gRPC address, or unix:/path; may be given again", 0, 0},
     {"http", 0, CHOIR_OPTION_TEXT, offsetof(values, http), "HOST:PORT",
      "HTTP gateway (not there yet)", 0, 0},
-    {"memory", 0, CHOIR_OPTION_SIZE, offsetof(values, memory), "8GiB",
-     "budget: weights and scratch first, KV pages get the rest; 0: half of what is available", 0,
-     0},
     {"served-model-name", 0, CHOIR_OPTION_LIST, offsetof(values, served_model_name), "NAME",
      "the names clients use, one for each MODEL [the file's]", 0, 0},
     {"max-model-len", 0, CHOIR_OPTION_COUNT, offsetof(values, max_model_len), "N",
@@ -113,41 +110,16 @@ static uint64_t available_memory(void)
     return available > 0 ? available : (uint64_t)4 << 30;
 }
 
-/* What a model takes besides KV: its packed weights are about as large as its file; the step's
- * scratch is small beside them. The rest of its share of the budget becomes KV pages, up to what
- * all sequences could fill. */
-static choir_status kv_budget(const values *v, const char *path, uint32_t n_models,
-                              uint64_t *kv_bytes)
+/* KV pages for all that the sequences could fill, at most; the engine fits them into the budget. */
+static choir_status kv_wanted(const values *v, const char *path, uint64_t *kv_bytes)
 {
     choir_model_file *file;
-    char a[16], b[16], d[16];
     CHOIR_TRY(choir_model_file_open(path, &file));
-    const choir_model_config c = *choir_model_file_config(file);
-    uint64_t weights = choir_model_file_bytes(file);
+    const choir_model_config *c = choir_model_file_config(file);
+    uint64_t token = choir_cli_kv_bytes_per_token(c, v->engine.exact);
+    uint64_t context = v->max_model_len > 0 ? v->max_model_len : c->max_positions;
     choir_model_file_close(file);
-    uint64_t budget = (v->memory > 0 ? v->memory : available_memory() / 2) / n_models;
-    uint64_t scratch =
-        v->max_num_batched_tokens * (c.hidden + c.ffn_hidden + c.expert_hidden) * 32 +
-        (uint64_t)c.vocab * 4 * 64;
-    uint64_t token = choir_cli_kv_bytes_per_token(&c, v->engine.exact);
-    uint64_t context = v->max_model_len > 0 ? v->max_model_len : c.max_positions;
-    uint64_t most = token * (context + CHOIR_PAGE_TOKENS) * v->max_num_seqs;
-    uint64_t least = token * CHOIR_PAGE_TOKENS * 4;
-    if (budget < weights + scratch + least)
-        return choir_fail(
-            CHOIR_E_INVALID,
-            "--memory: %.200s takes %s of weights and %s of scratch, its share of the "
-            "budget is %s",
-            path, choir_format_bytes(weights, a), choir_format_bytes(scratch, b),
-            choir_format_bytes(budget, d));
-    uint64_t left = budget - weights - scratch;
-    *kv_bytes = left < most ? left : most;
-    fprintf(stderr, "choir: %s: memory budget %s, less %s of weights, less %s of scratch", path,
-            choir_format_bytes(budget, a), choir_format_bytes(weights, b),
-            choir_format_bytes(scratch, d));
-    fprintf(stderr, ", leaves %s for KV pages", choir_format_bytes(left, a));
-    if (most < left) fprintf(stderr, "; %s are enough", choir_format_bytes(most, b));
-    fputc('\n', stderr);
+    *kv_bytes = token * (context + CHOIR_PAGE_TOKENS) * v->max_num_seqs;
     return CHOIR_OK;
 }
 
@@ -174,7 +146,8 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
     CHOIR_TRY(choir_cli_engine_options(&v->engine, &o));
     o.max_context = (uint32_t)v->max_model_len;
     CHOIR_TRY(choir_cli_find_model(model, path, sizeof path));
-    CHOIR_TRY(kv_budget(v, path, n_models, &o.kv_bytes));
+    CHOIR_TRY(kv_wanted(v, path, &o.kv_bytes));
+    o.memory_bytes = (v->engine.memory > 0 ? v->engine.memory : available_memory() / 2) / n_models;
     o.max_rows = (uint32_t)v->max_num_batched_tokens;
     o.max_spans = v->max_num_seqs < o.max_rows ? (uint32_t)v->max_num_seqs : o.max_rows;
     CHOIR_TRY(choir_engine_open(path, &o, &out->engine));

@@ -55,6 +55,7 @@ static choir_status open_from(choir_engine *e, const choir_model_file *file)
     CHOIR_TRY(open_template(e, file));
     CHOIR_TRY(choir_workers_create(e->options.n_threads, &e->workers));
     e->n_threads = choir_workers_count(e->workers);
+    CHOIR_TRY(choir_budget_plan(e, file));
     CHOIR_TRY(choir_engine_load_weights(e, file));
     CHOIR_TRY(choir_rope_create(e, file));
     CHOIR_TRY(choir_kv_create(e));

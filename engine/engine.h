@@ -24,7 +24,9 @@ typedef struct choir_engine_options {
     uint32_t n_threads;     /* 0: one per core */
     choir_cpu_level level;  /* CHOIR_CPU_N_LEVELS: the best of this CPU */
     bool exact;             /* f32 activations and accumulation over dequantised weights */
-    uint64_t kv_bytes;      /* memory for KV pages; 0: enough for max_rows tokens */
+    uint64_t memory_bytes;  /* for weights, KV, scratch and the process together; experts that do not fit
+                             * are streamed, and share with the KV pages; 0: no such budget */
+    uint64_t kv_bytes;      /* memory for KV pages (with a budget: at most); 0: enough for max_rows tokens */
     uint32_t max_rows;      /* rows (tokens) of one step, at most */
     uint32_t max_spans;     /* sequences of one step, at most */
     uint32_t max_context;   /* tokens of the longest sequence to come; 0: the model's own. Longrope's long
@@ -67,6 +69,11 @@ uint32_t choir_engine_n_pages(const choir_engine *engine);
 size_t choir_engine_page_bytes(const choir_engine *engine);
 void choir_engine_copy_page(choir_engine *engine, uint32_t from, uint32_t to);
 void choir_engine_zero_page(choir_engine *engine, uint32_t page); /* poisoned KV is wiped */
+/* Under a memory budget with streamed experts: so many pages may be in use from now on; experts have the
+ * rest. Page numbers go up to n_pages all the same; the floor is always KV's. */
+void choir_engine_set_kv_pages(choir_engine *engine, uint32_t n);
+uint32_t choir_engine_kv_floor(const choir_engine *engine); /* n_pages where nothing is shared */
+void choir_engine_forget_page(choir_engine *engine, uint32_t page); /* its memory is given back */
 
 /* The routes of a span's tokens: [n_layers, n_tokens, n_experts_used], best first; of dense layers: 0. */
 typedef struct choir_routes {

@@ -1,9 +1,9 @@
 /* What tensors a configuration has, and of what shape: the columns of CHOIR_ROLE_LIST, worked out.
  */
+#include "base/base.h"
 #include "engine/model_file.h"
 
 #include <string.h>
-#include <sys/mman.h>
 
 typedef enum where { MODEL, LAYER, DENSE, MOE, EXPERT, HEAD } where;
 typedef enum when { ALWAYS, OPTIONAL, UNTIED, GQA, LATENT, DIRECT_Q, LORA_Q } when;
@@ -175,9 +175,7 @@ size_t choir_slice_span(const choir_slice *s)
 
 void choir_slice_forget(const choir_slice *s)
 {
-    uintptr_t begin = ((uintptr_t)s->data + 4095) & ~(uintptr_t)4095;
-    uintptr_t end = ((uintptr_t)s->data + choir_slice_span(s)) & ~(uintptr_t)4095;
-    if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);
+    choir_forget_pages((void *)s->data, choir_slice_span(s));
 }
 
 bool choir_slice_is_tensor(const choir_slice *s, choir_tensor *out)

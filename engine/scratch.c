@@ -134,11 +134,16 @@ static void carve_all(choir_engine *e, carver *c)
     carve_workers(e, c);
 }
 
-choir_status choir_step_create(choir_engine *e)
+size_t choir_step_bytes(choir_engine *e)
 {
     carver sizes = {NULL, 0};
     carve_all(e, &sizes);
-    e->scratch_bytes = sizes.at;
+    return sizes.at;
+}
+
+choir_status choir_step_create(choir_engine *e)
+{
+    e->scratch_bytes = choir_step_bytes(e);
     e->scratch = choir_alloc_pages(CHOIR_MEM_SCRATCH, e->scratch_bytes);
     if (e->scratch == NULL)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a step of %u rows (%zu bytes)",
@@ -156,12 +161,16 @@ void choir_step_destroy(choir_engine *e)
     choir_free_pages(CHOIR_MEM_SCRATCH, e->scratch, e->scratch_bytes);
 }
 
+size_t choir_kv_page_bytes(const choir_engine *e)
+{
+    size_t element = e->options.exact ? sizeof(float) : sizeof(uint16_t);
+    return CHOIR_PAGE_TOKENS * choir_kv_numbers(&e->config) * element * e->config.n_layers;
+}
+
 choir_status choir_kv_create(choir_engine *e)
 {
-    const choir_model_config *c = &e->config;
-    size_t element = e->options.exact ? sizeof(float) : sizeof(uint16_t);
-    e->layer_kv_bytes = (size_t)CHOIR_PAGE_TOKENS * choir_kv_numbers(c) * element;
-    e->page_bytes = e->layer_kv_bytes * c->n_layers;
+    e->page_bytes = choir_kv_page_bytes(e);
+    e->layer_kv_bytes = e->page_bytes / e->config.n_layers;
     uint64_t wanted = e->options.kv_bytes / e->page_bytes;
     if (e->options.kv_bytes == 0)
         wanted = (e->options.max_rows + CHOIR_PAGE_TOKENS - 1) / CHOIR_PAGE_TOKENS;

@@ -126,6 +126,7 @@ struct choir_engine {
     size_t kv_bytes, page_bytes, layer_kv_bytes; /* of one layer in one page */
     uint32_t n_pages;
     uint64_t file_bytes, digest;
+    uint64_t shared_bytes, kv_floor_bytes; /* what KV pages and streamed experts share; 0: fixed parts */
 
     step step;
     void *scratch;
@@ -152,7 +153,11 @@ choir_status choir_stream_place(choir_engine *engine, const choir_model_file *fi
                                 const choir_expert *planned, uint64_t *digest) CHOIR_MUST_USE;
 bool choir_stream_unpack(void *engine, uint32_t layer, uint32_t expert, const uint8_t *const *staged,
                          const choir_expert *into);
+/* engine/budget.c */
+choir_status choir_budget_plan(choir_engine *engine, const choir_model_file *file) CHOIR_MUST_USE;
 /* engine/scratch.c */
+size_t choir_step_bytes(choir_engine *engine); /* of scratch, before there is any */
+size_t choir_kv_page_bytes(const choir_engine *engine);
 choir_status choir_step_create(choir_engine *engine) CHOIR_MUST_USE;
 void choir_step_destroy(choir_engine *engine);
 choir_status choir_kv_create(choir_engine *engine) CHOIR_MUST_USE;

@@ -1,0 +1,120 @@
+/* One budget of memory for everything: what is there for good first, then KV pages and experts, which
+ * share the rest. If all experts fit beside the KV pages that are wanted, they are resident; else they are
+ * streamed, and the line between the two moves at run time (choir_engine_set_kv_pages). */
+#include "engine/state.h"
+
+#include <malloc.h>
+#include <stdio.h>
+#include <unistd.h>
+
+/* For what no tag counts: stacks, the allocator's slack, a server's connections. */
+enum { SLACK = 40 << 20, MIN_KV_PAGES = 4 };
+
+/* Bytes that this process holds in memory now, besides those of models. */
+static uint64_t process_bytes(void)
+{
+    static const choir_memory_tag models[] = {CHOIR_MEM_WEIGHTS, CHOIR_MEM_EXPERTS, CHOIR_MEM_KV,
+                                              CHOIR_MEM_SCRATCH};
+    unsigned long long all = 0, resident = 0;
+    FILE *f = fopen("/proc/self/statm", "re");
+    if (f == NULL || fscanf(f, "%llu %llu", &all, &resident) != 2) resident = 0;
+    if (f != NULL) fclose(f);
+    uint64_t bytes = resident * (uint64_t)sysconf(_SC_PAGESIZE), least = SLACK / 2, others = 0;
+    for (size_t i = 0; i < sizeof models / sizeof *models; i++)
+        others += choir_memory_bytes(models[i]);
+    return bytes > others + least ? bytes - others : least;
+}
+
+static size_t round_up_64(size_t bytes)
+{
+    return (bytes + 63) & ~(size_t)63;
+}
+
+static bool is_routed(choir_role role)
+{
+    return role == CHOIR_ROLE_EXPERT_GATE || role == CHOIR_ROLE_EXPERT_UP ||
+           role == CHOIR_ROLE_EXPERT_DOWN;
+}
+
+/* Packed bytes of the model: of what every token meets, and of the routed experts. */
+static choir_status weigh(const choir_engine *e, const choir_model_file *file, uint64_t *dense,
+                          uint64_t *experts)
+{
+    const choir_model_config *c = &e->config;
+    *dense = *experts = 0;
+    for (uint32_t role = 0; role < CHOIR_N_ROLES; role++)
+        for (uint32_t l = 0; l < (choir_role_per_layer(role) ? c->n_layers : 1); l++) {
+            if (!choir_role_in_layer(c, role, l)) continue;
+            for (uint32_t i = 0; i < choir_role_count(c, role); i++) {
+                choir_matrix m;
+                CHOIR_TRY(choir_model_file_plan(file, role, l, i, &m));
+                bool exact = choir_role_is_vector(role) || role == CHOIR_ROLE_ROUTER;
+                size_t bytes = exact ? (size_t)m.rows * m.cols * sizeof(float) : m.bytes;
+                *(is_routed(role) ? experts : dense) += round_up_64(bytes);
+            }
+        }
+    return CHOIR_OK;
+}
+
+static choir_status too_small(const choir_engine *e, uint64_t dense, uint64_t scratch,
+                              uint64_t process, uint64_t least)
+{
+    char all[16], a[16], b[16], c[16], d[16];
+    return choir_fail(CHOIR_E_INVALID,
+                      "a budget of %s (--memory) is too little for %.200s: %s of weights that every token meets, %s "
+                      "of scratch, %s for the process, and at least %s of KV pages and experts",
+                      choir_format_bytes(e->options.memory_bytes, all), e->path,
+                      choir_format_bytes(dense, a), choir_format_bytes(scratch, b),
+                      choir_format_bytes(process, c), choir_format_bytes(least, d));
+}
+
+choir_status choir_budget_plan(choir_engine *e, const choir_model_file *file)
+{
+    uint64_t dense, experts, scratch = choir_step_bytes(e), process, memory = e->options.memory_bytes;
+    if (memory == 0) return CHOIR_OK;
+    CHOIR_TRY(weigh(e, file, &dense, &experts));
+    malloc_trim(0); /* what parsing the model's texts took and gave back */
+    process = process_bytes() + SLACK;
+    uint64_t page = choir_kv_page_bytes(e), wanted = e->options.kv_bytes;
+    uint64_t least_kv = MIN_KV_PAGES * page;
+    if (wanted < least_kv) wanted = least_kv;
+    uint64_t fixed = dense + scratch + process;
+    uint64_t rest = memory > fixed ? memory - fixed : 0;
+    if (experts == 0 || experts + wanted <= rest || rest >= experts + experts / 8 + least_kv) {
+        if (rest < experts + least_kv) return too_small(e, dense, scratch, process, experts + least_kv);
+        e->options.kv_bytes = wanted < rest - experts ? wanted : rest - experts;
+        return CHOIR_OK;
+    }
+    /* Streamed. Floors: KV pages and experts each keep an eighth of what they share. */
+    uint64_t kv_floor = rest / 8 > least_kv ? rest / 8 : least_kv;
+    if (kv_floor > wanted) kv_floor = wanted;
+    uint64_t most_kv = rest - rest / 8;
+    e->options.kv_bytes = wanted < most_kv ? wanted : most_kv;
+    if (rest < kv_floor + rest / 8 || rest == 0)
+        return too_small(e, dense, scratch, process, 2 * least_kv);
+    e->shared_bytes = rest;
+    e->kv_floor_bytes = kv_floor;
+    e->options.expert_bytes = rest - e->options.kv_bytes;
+    return CHOIR_OK;
+}
+
+uint32_t choir_engine_kv_floor(const choir_engine *e)
+{
+    return e->shared_bytes == 0 ? e->n_pages : (uint32_t)(e->kv_floor_bytes / e->page_bytes);
+}
+
+void choir_engine_set_kv_pages(choir_engine *e, uint32_t n)
+{
+    if (e->shared_bytes == 0) return;
+    uint32_t floor = choir_engine_kv_floor(e);
+    if (n < floor) n = floor;
+    uint64_t kv = (uint64_t)n * e->page_bytes;
+    CHOIR_ASSERT(kv < e->shared_bytes);
+    choir_experts_set_budget(e->experts, e->shared_bytes - kv);
+}
+
+void choir_engine_forget_page(choir_engine *e, uint32_t page)
+{
+    CHOIR_ASSERT(page < e->n_pages);
+    choir_forget_pages(e->kv + page * e->page_bytes, e->page_bytes);
+}
