@@ -26,7 +26,8 @@ enum { MAX_BATCHES = 16, MAX_BATCH = 256, STEP_ROWS = 512 };
 
 typedef struct result {
     uint32_t batch;
-    double prefill_tokens_per_s, decode_tokens_per_s;
+    double prefill_tokens_per_s, decode_tokens_per_s, decode_s;
+    choir_experts_stats before, after; /* of the decode */
 } result;
 
 static choir_status parse_batches(const char *text, uint32_t *batches, uint32_t *n)
@@ -157,6 +158,43 @@ static double best_step_s(const choir_engine *engine, const choir_peak *peak, do
     return reading > multiplying ? reading : multiplying;
 }
 
+static double share(uint64_t part, uint64_t whole)
+{
+    return whole > 0 ? (double)part / (double)whole : 0;
+}
+
+/* What streaming did while it decoded; NULL: all experts are resident. */
+static json_t *streamed(const values *v, const result *r)
+{
+    const choir_experts_stats *a = &r->after, *b = &r->before;
+    if (!a->streamed) return NULL;
+    uint64_t hits = a->n_hits - b->n_hits, late = a->n_late_hits - b->n_late_hits,
+             wanted = hits + late + a->n_misses - b->n_misses, bytes = a->bytes_read - b->bytes_read;
+    double busy_s = (double)(a->busy_ns - b->busy_ns) / 1e9,
+           stall_s = (double)(a->stall_ns - b->stall_ns) / 1e9;
+    if (!v->json)
+        printf("             %s, %s: hits %.0f %%, on their way %.0f %%; %.2f GB read at %.2f GB/s; "
+               "waited %.0f %% of the time; a read's p50 %.1f ms, p99 %.1f ms\n",
+               a->io, a->policy, 100 * share(hits, wanted), 100 * share(late, wanted),
+               (double)bytes / 1e9, busy_s > 0 ? (double)bytes / 1e9 / busy_s : 0,
+               100 * stall_s / r->decode_s, 1e3 * choir_experts_latency(a, 0.5),
+               1e3 * choir_experts_latency(a, 0.99));
+    uint64_t n_pairs = a->n_predicted - b->n_predicted,
+             guesses = a->n_prefetch_used + a->n_prefetch_wasted - b->n_prefetch_used -
+                       b->n_prefetch_wasted;
+    double recall = share(a->n_predicted_right - b->n_predicted_right, n_pairs),
+           precision = share(a->n_prefetch_used - b->n_prefetch_used, guesses);
+    if (!v->json)
+        printf("             predicted %.0f %% of what was wanted; of %llu read ahead %.0f %% were "
+               "used%s\n",
+               100 * recall, (unsigned long long)(a->n_prefetched - b->n_prefetched),
+               100 * precision, a->prefetching ? "" : " (off: it does not pay)");
+    return json_pack("{s:f, s:f, s:s, s:s, s:f, s:f, s:I, s:f, s:f}", "prediction_recall", recall,
+                     "prefetch_precision", precision, "io", a->io, "policy", a->policy,
+                     "hit_rate", share(hits, wanted), "late_hit_rate", share(late, wanted),
+                     "bytes_read", (json_int_t)bytes, "busy_s", busy_s, "stall_s", stall_s);
+}
+
 static void print(const values *v, const bench *b, const result *r, uint32_t n,
                   const choir_peak *peak)
 {
@@ -177,11 +215,13 @@ static void print(const values *v, const bench *b, const result *r, uint32_t n,
             printf("  batch %3u: prefill %7.1f tokens/s (%2.0f %% of peak), decode %7.1f tokens/s "
                    "(%2.0f %%)\n",
                    r[i].batch, prefill, 100 * prefill_share, decode, 100 * decode_share);
+        json_t *experts = streamed(v, &r[i]);
         json_array_append_new(runs,
-                              json_pack("{s:i, s:f, s:f, s:f, s:f}", "batch", (int)r[i].batch,
+                              json_pack("{s:i, s:f, s:f, s:f, s:f, s:o*}", "batch", (int)r[i].batch,
                                         "prefill_tokens_per_s", prefill, "decode_tokens_per_s",
                                         decode, "prefill_share_of_peak", prefill_share,
-                                        "decode_share_of_peak", decode_share));
+                                        "decode_share_of_peak", decode_share,
+                                        "experts", experts));
     }
     json_t *o = json_pack("{s:s, s:i, s:s, s:f, s:f, s:o}", "model", name, "threads",
                           (int)n_threads, "kernels", k->name, "memory_bytes_per_s",
@@ -212,7 +252,11 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     for (uint32_t i = 0; i < n; i++) {
         results[i].batch = batches[i];
         CHOIR_TRY_TO(done, status, prefill(&b, batches[i], &results[i].prefill_tokens_per_s));
+        results[i].before = choir_engine_expert_stats(b.engine);
         CHOIR_TRY_TO(done, status, decode(&b, batches[i], &results[i].decode_tokens_per_s));
+        results[i].after = choir_engine_expert_stats(b.engine);
+        results[i].decode_s =
+            (double)b.generate * batches[i] / results[i].decode_tokens_per_s;
     }
     print(v, &b, results, n, &peak);
 done:

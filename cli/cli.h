@@ -66,6 +66,8 @@ typedef struct choir_cli_engine_values {
     bool exact;
     uint64_t memory;
     const char *io, *policy;
+    uint64_t io_depth;
+    bool no_prefetch;
     const char *adapter;
 } choir_cli_engine_values;
 // clang-format off
@@ -82,6 +84,10 @@ typedef struct choir_cli_engine_values {
      "auto, io_uring, io_uring-plain or pread: how streamed experts are read", 0, 0},                            \
     {"expert-policy", 0, CHOIR_OPTION_TEXT, offsetof(type, member.policy), "WHO",                                \
      "lru, lfu or router: which experts stay in memory", 0, 0},                                                  \
+    {"expert-io-depth", 0, CHOIR_OPTION_COUNT, offsetof(type, member.io_depth), "N",                             \
+     "reads in flight at once; 0: a few", 0, 4096},                                                              \
+    {"no-prefetch", 0, CHOIR_OPTION_FLAG, offsetof(type, member.no_prefetch), NULL,                              \
+     "streamed experts are not read ahead", 0, 0},                                                               \
     {"adapter", 0, CHOIR_OPTION_TEXT, offsetof(type, member.adapter), "DIR", "a LoRA adapter (not there yet)", 0, 0}
 // clang-format on
 choir_status choir_cli_engine_options(const choir_cli_engine_values *values,

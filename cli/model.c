@@ -51,6 +51,8 @@ choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
     options->exact = values->exact;
     options->show_progress = true;
     options->memory_bytes = values->memory;
+    options->io_depth = (uint32_t)values->io_depth;
+    options->no_prefetch = values->no_prefetch;
     if (values->io != NULL && !choir_io_parse(values->io, &options->io))
         return choir_fail(CHOIR_E_INVALID,
                           "--expert-io is '%.40s', must be auto, io_uring, io_uring-plain or pread",

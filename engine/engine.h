@@ -34,7 +34,9 @@ typedef struct choir_engine_options {
     uint64_t expert_bytes;  /* memory for experts: the others are streamed; 0: all are resident */
     uint32_t max_expert_slots; /* 0: as many as fit */
     choir_io io;            /* how they are read */
+    uint32_t io_depth;      /* reads in flight; 0: a few */
     choir_policy_kind policy; /* who stays in memory */
+    bool no_prefetch;       /* the next layer's experts are not guessed */
     uint64_t stall_ns;      /* a step waits so long for a disk that gives nothing */
     choir_disk *disk;       /* NULL, or taken over: tests */
     bool show_progress;     /* a bar on stderr while loading */

@@ -16,7 +16,6 @@ typedef struct job {
     const choir_matrix *matrix;
     uint32_t number; /* of the tensor, in the order of the roles */
     const choir_pack_tensor *packed; /* NULL, or where it lies in a pack */
-    const choir_pack_run *run;       /* NULL, or of a pack's expert, whose first matrix this is */
 } job;
 
 typedef struct loader {
@@ -83,9 +82,7 @@ static choir_status plan_packed(loader *l, choir_role role, uint32_t layer_index
                                    (size_t)t->rows * t->cols * sizeof(float)};
         *out = choir_matrix_exact(&like);
     }
-    job j = {.matrix = out, .number = l->n_tensors++, .packed = t};
-    if (role == CHOIR_ROLE_EXPERT_GATE) j.run = choir_pack_find_run(pack, layer_index, index);
-    l->jobs[l->n_jobs++] = j;
+    l->jobs[l->n_jobs++] = (job){.matrix = out, .number = l->n_tensors++, .packed = t};
     l->total_bytes += out->bytes;
     return CHOIR_OK;
 }
@@ -145,17 +142,20 @@ static choir_status place_packed(loader *l, uint32_t layer_index, uint32_t x)
 {
     const choir_pack *pack = choir_model_file_pack(l->file);
     const choir_pack_run *run = choir_pack_find_run(pack, layer_index, x);
-    const choir_expert_source source = {
+    choir_expert_source source = {
         .packed = true,
         .n_extents = 1,
         .extents = {{.bytes = (uint32_t)((run->bytes + CHOIR_PACK_PAGE - 1) / CHOIR_PACK_PAGE *
                                          CHOIR_PACK_PAGE),
                      .offset = run->offset}},
-        .checksum = run->checksum};
+    };
     choir_expert planned = {0};
     choir_matrix *parts[] = {&planned.gate, &planned.up, &planned.down};
-    for (int i = 0; i < 3; i++)
-        *parts[i] = choir_pack_matrix(choir_pack_find(pack, expert_roles[i], layer_index, x));
+    for (int i = 0; i < CHOIR_EXPERT_PARTS; i++) {
+        const choir_pack_tensor *t = choir_pack_find(pack, expert_roles[i], layer_index, x);
+        *parts[i] = choir_pack_matrix(t);
+        source.checksums[i] = t->checksum;
+    }
     CHOIR_TRY(read_expert_biases(l, layer_index, x, &planned));
     return choir_experts_place(l->engine->experts, layer_index, x, &planned, &source);
 }
@@ -373,32 +373,22 @@ static void expand(const choir_matrix *packed, const choir_matrix *exact)
         choir_matrix_row(packed, r, (float *)exact->data + (size_t)r * packed->cols);
 }
 
-/* A pack's matrix, or all three of an expert, to where they belong: as they are, or f32. */
+/* A pack's matrix to where it belongs: as it is, or f32. */
 static choir_status read_packed(loader *l, const job *j)
 {
-    uint64_t offset = j->packed->offset, checksum = j->packed->checksum;
-    size_t bytes = j->packed->bytes;
-    bool exact = l->engine->options.exact, expert = j->packed->role == CHOIR_ROLE_EXPERT_GATE;
-    if (j->packed->role == CHOIR_ROLE_EXPERT_UP || j->packed->role == CHOIR_ROLE_EXPERT_DOWN)
-        return CHOIR_OK; /* the gate's job reads the run */
-    if (j->run != NULL) {
-        bytes = j->run->bytes;
-        checksum = j->run->checksum;
-    }
-    void *copy = exact ? choir_alloc_pages(CHOIR_MEM_SCRATCH, bytes) : NULL;
+    bool exact = l->engine->options.exact;
+    choir_matrix packed = choir_pack_matrix(j->packed);
+    void *copy = exact ? choir_alloc_pages(CHOIR_MEM_SCRATCH, packed.bytes) : NULL;
     if (exact && copy == NULL) return CHOIR_E_NO_MEMORY;
-    uint8_t *to = exact ? copy : (void *)j->matrix->data;
+    void *to = exact ? copy : (void *)j->matrix->data;
     choir_status status = CHOIR_OK;
-    if (!read_whole(l->pack_fd, offset, to, bytes))
+    if (!read_whole(l->pack_fd, j->packed->offset, to, packed.bytes))
         status = CHOIR_E_IO;
-    else if (XXH3_64bits(to, bytes) != checksum)
+    else if (XXH3_64bits(to, packed.bytes) != j->packed->checksum)
         status = CHOIR_E_DATA_LOSS;
-    for (int i = 0; exact && status == CHOIR_OK && i < (expert ? 3 : 1); i++) {
-        choir_matrix packed = choir_pack_matrix(j[i].packed);
-        packed.data = to + (j[i].packed->offset - offset);
-        expand(&packed, j[i].matrix);
-    }
-    choir_free_pages(CHOIR_MEM_SCRATCH, copy, bytes);
+    packed.data = to;
+    if (exact && status == CHOIR_OK) expand(&packed, j->matrix);
+    choir_free_pages(CHOIR_MEM_SCRATCH, copy, packed.bytes);
     return status;
 }
 
@@ -468,6 +458,7 @@ static choir_status create_store(choir_engine *e, const choir_model_file *file)
     o.n_layers = e->config.n_layers;
     o.n_experts = e->config.n_experts;
     o.io = e->options.io;
+    if (e->options.io_depth > 0) o.queue_depth = e->options.io_depth;
     o.policy = e->options.policy;
     o.stall_ns = e->options.stall_ns;
     o.disk = e->options.disk;
@@ -503,7 +494,7 @@ choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *
         CHOIR_TRY_TO(done, status,
                      choir_experts_start(e->experts, e->options.expert_bytes,
                                          e->options.max_expert_slots));
-    if (l.pack_fd < 0) qsort(l.jobs, l.n_jobs, sizeof *l.jobs, larger_first);
+    qsort(l.jobs, l.n_jobs, sizeof *l.jobs, larger_first);
     char what[96];
     snprintf(what, sizeof what, "loading %.80s", c->name);
     choir_progress_begin(&l.progress, what, CHOIR_PROGRESS_BYTES, l.total_bytes);

@@ -124,6 +124,8 @@ static void open_experts(choir_engine *e, uint32_t l)
         ffn_at += (choir_acts_q8_bytes(n, e->config.expert_hidden) + 63) & ~(size_t)63;
     }
     CHOIR_ASSERT(e->options.exact || (in_at <= s->q8_h_bytes && ffn_at <= s->q8_ffn_bytes));
+    choir_predict_score(e, l);
+    s->predicted_layer = 0;
     choir_experts_request(e->experts, l, s->uses, n_uses);
     sort_out(e, l, s->wave, choir_experts_collect(e->experts, false, s->wave));
 }
@@ -161,17 +163,20 @@ static void await_experts(choir_engine *e, uint32_t l)
 {
     step *s = &e->step;
     close_wave(e, l);
+    choir_predict_prefetch(e, l);
     if (s->n_arrived > 0) return; /* left over from the first wave */
     uint32_t n = choir_experts_collect(e->experts, true, s->arrived);
     if (n == 0 && choir_experts_pending(e->experts)) give_up_missing(e, l);
     s->n_arrived = n;
+    choir_predict_prefetch(e, l);
 }
 
 static void check_arrived(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
-    for (uint32_t i = worker; i < s->n_arrived; i += n_workers)
-        choir_experts_check(e->experts, l, s->arrived[i]);
+    for (uint32_t i = worker; i < s->n_arrived * CHOIR_EXPERT_PARTS; i += n_workers)
+        choir_experts_check(e->experts, l, s->arrived[i / CHOIR_EXPERT_PARTS],
+                            i % CHOIR_EXPERT_PARTS);
 }
 
 /* One worker: what was found right makes the next wave. */
@@ -405,9 +410,11 @@ static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
     choir_workers_sync(e->workers);
 
     gather(e, worker, n_workers);
+    choir_predict_rows(e, l, worker, n_workers);
     quantize_inputs(e, worker, n_workers);
     choir_workers_sync(e->workers);
 
+    if (worker == 0) choir_predict_prefetch(e, l);
     run_wave(e, always, worker, n_workers);
     while (s->more) {
         next_wave(e, l, worker, n_workers);

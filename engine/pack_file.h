@@ -41,15 +41,15 @@ typedef struct choir_pack_tensor {
     uint8_t dtype;  /* of the source */
     uint32_t layer, index, rows, cols, flags;
     uint64_t offset, bytes;
-    uint64_t checksum; /* XXH3; 0 for matrices of routed experts, whose run has one */
+    uint64_t checksum; /* XXH3 */
     uint64_t reserved[2];
 } choir_pack_tensor;
 
 /* Gate, up and down of an expert, each at a multiple of 64 bytes; the run at a multiple of the page. */
 typedef struct choir_pack_run {
     uint32_t layer, expert;
-    uint64_t offset, bytes, checksum; /* bytes: without what fills its last page */
-    uint64_t reserved;
+    uint64_t offset, bytes; /* without what fills its last page */
+    uint64_t reserved[2];
 } choir_pack_run;
 
 typedef struct choir_pack_text_entry {

@@ -102,6 +102,9 @@ static void carve_slots(choir_engine *e, carver *c)
     s->missing = carve(c, n_experts, sizeof *s->missing);
     s->wave = carve(c, n_experts, sizeof *s->wave);
     s->arrived = carve(c, n_experts, sizeof *s->arrived);
+    s->predict_h = carve(c, PREDICT_ROWS * m->hidden, sizeof(float));
+    s->predict_logits = carve(c, PREDICT_ROWS * n_experts, sizeof(float));
+    s->votes = carve(c, n_experts, sizeof *s->votes);
     s->router_logits = carve(c, n * m->n_experts, sizeof(float));
     s->slot_in = carve(c, n_slots * m->hidden, sizeof(float));
     s->slot_out = carve(c, n_slots * m->hidden, sizeof(float));
@@ -151,6 +154,8 @@ choir_status choir_step_create(choir_engine *e)
     carver parts = {e->scratch, 0};
     carve_all(e, &parts);
     if (e->config.n_experts == 0) return CHOIR_OK;
+    CHOIR_TRY(choir_plan_create(PREDICT_ROWS, e->config.n_experts, e->config.n_experts_used,
+                                &e->step.prediction));
     return choir_plan_create(e->options.max_rows, e->config.n_experts, e->config.n_experts_used,
                              &e->step.plan);
 }
@@ -158,6 +163,7 @@ choir_status choir_step_create(choir_engine *e)
 void choir_step_destroy(choir_engine *e)
 {
     choir_plan_destroy(e->step.plan);
+    choir_plan_destroy(e->step.prediction);
     choir_free_pages(CHOIR_MEM_SCRATCH, e->scratch, e->scratch_bytes);
 }
 

@@ -13,6 +13,7 @@
 
 #include <stdatomic.h>
 
+enum { PREDICT_ROWS = 64, MAX_PREFETCH = 16 }; /* rows whose experts are predicted; guesses of a layer */
 enum { HEAD_ROWS = 32, CHOIR_MAX_HEAD_DIM = 1024 }; /* HEAD_ROWS: rows whose logits are held at once */
 
 typedef struct rope_table rope_table; /* engine/rope.c */
@@ -93,6 +94,11 @@ typedef struct step {
     uint16_t *wave, *arrived;    /* [n_experts] experts that compute now; those to be checked before */
     uint32_t n_wave, n_arrived;
     bool more; /* waves to come */
+    float *predict_h, *predict_logits; /* [PREDICT_ROWS, hidden], [PREDICT_ROWS, n_experts] */
+    choir_plan *prediction;            /* of the first rows, for the next layer */
+    uint32_t predicted_layer;          /* 0: none; set when its guesses were sent */
+    float *votes;                      /* [n_experts] */
+    uint16_t guessed[MAX_PREFETCH];
     float *logits;            /* [B, vocab] */
     choir_status *output_status; /* [R] of each output row; folded into spans at the end */
     float **attention_scratch; /* [n_threads] */
@@ -151,8 +157,12 @@ choir_status choir_stream_create(choir_engine *engine, const choir_model_file *f
 choir_status choir_stream_place(choir_engine *engine, const choir_model_file *file, uint32_t layer,
                                 uint32_t expert, const choir_slice slices[3],
                                 const choir_expert *planned, uint64_t *digest) CHOIR_MUST_USE;
-bool choir_stream_unpack(void *engine, uint32_t layer, uint32_t expert, const uint8_t *const *staged,
-                         const choir_expert *into);
+bool choir_stream_unpack(void *engine, uint32_t layer, uint32_t expert, uint32_t part,
+                         const uint8_t *const *staged, const choir_expert *into);
+/* engine/predict.c */
+void choir_predict_rows(choir_engine *engine, uint32_t layer, uint32_t worker, uint32_t n_workers);
+void choir_predict_prefetch(choir_engine *engine, uint32_t layer);
+void choir_predict_score(choir_engine *engine, uint32_t layer);
 /* engine/budget.c */
 choir_status choir_budget_plan(choir_engine *engine, const choir_model_file *file) CHOIR_MUST_USE;
 /* engine/scratch.c */

@@ -5,7 +5,7 @@
 #include <sys/stat.h>
 #include <xxhash.h>
 
-enum { PARTS = 3 };
+enum { PARTS = CHOIR_EXPERT_PARTS };
 
 /* Of gate, up and down: views whose data is replaced by what was read. Extent i is part i's; MXFP4's
  * exponents come behind those. */
@@ -75,31 +75,32 @@ choir_status choir_stream_place(choir_engine *e, const choir_model_file *file, u
     return choir_experts_place(e->experts, layer_index, expert, planned, &source);
 }
 
-bool choir_stream_unpack(void *engine, uint32_t layer_index, uint32_t expert, const uint8_t *const *staged,
-                         const choir_expert *into)
+bool choir_stream_unpack(void *engine, uint32_t layer_index, uint32_t expert, uint32_t part,
+                         const uint8_t *const *staged, const choir_expert *into)
 {
     choir_engine *e = engine;
-    const choir_matrix *matrices[PARTS] = {&into->gate, &into->up, &into->down};
-    uint32_t scales = PARTS;
-    for (int i = 0; i < PARTS; i++) {
-        choir_slice slice = e->slices[(size_t)layer_index * e->config.n_experts + expert].parts[i];
-        const choir_matrix *m = matrices[i];
-        choir_tensor t;
-        void *copy = NULL;
-        slice.data = staged[i];
-        if (slice.scales != NULL) slice.scales = staged[scales++];
-        if (m->layout == CHOIR_LAYOUT_EXACT) {
-            choir_slice_copy(&slice, (void *)m->data);
-            continue;
-        }
-        if (!choir_slice_is_tensor(&slice, &t)) {
-            copy = choir_alloc(CHOIR_MEM_SCRATCH, choir_slice_bytes(&slice));
-            if (copy == NULL) return false;
-            choir_slice_copy(&slice, copy);
-            t.data = copy;
-        }
-        choir_matrix_pack(m, &t, (void *)m->data, 0, m->rows);
-        choir_free(copy);
+    const expert_slices *x = &e->slices[(size_t)layer_index * e->config.n_experts + expert];
+    const choir_matrix *m = part == 0 ? &into->gate : part == 1 ? &into->up : &into->down;
+    choir_slice slice = x->parts[part];
+    choir_tensor t;
+    void *copy = NULL;
+    slice.data = staged[part];
+    if (slice.scales != NULL) { /* their extents follow the parts', of those that have some */
+        uint32_t at = PARTS;
+        for (uint32_t i = 0; i < part; i++) at += x->parts[i].scales != NULL;
+        slice.scales = staged[at];
     }
+    if (m->layout == CHOIR_LAYOUT_EXACT) {
+        choir_slice_copy(&slice, (void *)m->data);
+        return true;
+    }
+    if (!choir_slice_is_tensor(&slice, &t)) {
+        copy = choir_alloc(CHOIR_MEM_SCRATCH, choir_slice_bytes(&slice));
+        if (copy == NULL) return false;
+        choir_slice_copy(&slice, copy);
+        t.data = copy;
+    }
+    choir_matrix_pack(m, &t, (void *)m->data, 0, m->rows);
+    choir_free(copy);
     return true;
 }

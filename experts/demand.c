@@ -4,6 +4,7 @@
 void choir_experts_step(choir_experts *store)
 {
     if (store->policy == NULL) return;
+    store->layer_began = 0;
     choir_policy_step(store->policy);
     slots_shrink(store);
 }
@@ -43,6 +44,7 @@ void choir_experts_request(choir_experts *store, uint32_t layer, const choir_exp
                            uint32_t n)
 {
     CHOIR_ASSERT(store->n_left == 0);
+    if (store->stats.streamed) guesses_begin_layer(store, n);
     store->layer = layer;
     store->n_wanted = store->n_left = n;
     for (uint32_t i = 0; i < n; i++) {
@@ -59,12 +61,12 @@ void choir_experts_request(choir_experts *store, uint32_t layer, const choir_exp
             continue;
         }
         slot *s = &store->slots[e->slot];
-        if (s->speculative) store->stats.n_prefetch_used++;
-        s->speculative = false;
+        if (s->speculative) guess_was_right(store, s);
         *(s->state == SLOT_READY ? &store->stats.n_hits : &store->stats.n_late_hits) += 1;
         entry_pin(store, e);
     }
     if (!store->stats.streamed) return;
+    guesses_end_layer(store, layer);
     load_cold(store);
     loads_send(store);
 }
@@ -146,11 +148,11 @@ uint32_t choir_experts_missing(choir_experts *store, choir_expert_missing *out)
     return n;
 }
 
-void choir_experts_check(choir_experts *store, uint32_t layer, uint32_t expert)
+void choir_experts_check(choir_experts *store, uint32_t layer, uint32_t expert, uint32_t part)
 {
     const entry *e = entry_at(store, layer, expert);
     if (!e->resident && store->slots[e->slot].state == SLOT_ARRIVED)
-        load_check(store, &store->slots[e->slot]);
+        load_check(store, &store->slots[e->slot], part);
 }
 
 bool choir_experts_unchecked(const choir_experts *store, uint32_t layer, uint32_t expert)
@@ -172,8 +174,12 @@ const choir_expert *choir_experts_admit(choir_experts *store, uint32_t layer, ui
     if (e->resident) return &e->expert;
     slot *s = &store->slots[e->slot];
     if (s->state == SLOT_READY) return &e->expert;
-    CHOIR_ASSERT(s->checked);
-    if (!s->damaged) {
+    bool damaged = false;
+    for (int i = 0; i < CHOIR_EXPERT_PARTS; i++) {
+        CHOIR_ASSERT(s->parts[i] != PART_UNCHECKED);
+        damaged = damaged || s->parts[i] == PART_DAMAGED;
+    }
+    if (!damaged) {
         load_end_staging(store, s);
         slot_move(store, s, SLOT_READY);
         return &e->expert;
@@ -192,33 +198,4 @@ const choir_expert *choir_experts_admit(choir_experts *store, uint32_t layer, ui
 void choir_experts_release(choir_experts *store, uint32_t layer, uint32_t expert)
 {
     entry_unpin(store, entry_at(store, layer, expert));
-}
-
-uint32_t choir_experts_prefetch(choir_experts *store, uint32_t layer, const uint16_t *experts,
-                                uint32_t n)
-{
-    uint32_t started = 0, n_victims = 0, at = 0;
-    bool looked = false;
-    uint64_t now = choir_clock_now();
-    for (uint32_t i = 0; i < n; i++) {
-        entry *e = entry_at(store, layer, experts[i]);
-        if (e->resident || e->slot != NONE || in_quarantine(e, now) || !load_can_begin(store, e))
-            continue;
-        slot *s = slots_take_free(store);
-        if (s == NULL) {
-            if (!looked) n_victims = slots_find_victims(store);
-            looked = true;
-            if (at == n_victims ||
-                store->victims[at].value >= choir_policy_value(store->policy, layer, experts[i]))
-                continue;
-            slot_evict(store, &store->slots[store->victims[at++].slot]);
-            s = slots_take_free(store);
-            if (s == NULL) break;
-        }
-        load_begin(store, s, (uint32_t)(e - store->entries), true);
-        store->stats.n_prefetched++;
-        started++;
-    }
-    loads_send(store);
-    return started;
 }

@@ -23,8 +23,9 @@ typedef struct choir_expert {
 } choir_expert;
 
 /* Turns bytes as a file has them into the kernels' layout: staged[i] is the first byte of extent i, `into`
- * has its data in place. Any worker. False: no memory, and it is tried again. */
-typedef bool (*choir_expert_unpack)(void *user, uint32_t layer, uint32_t expert,
+ * has its data in place; part 0 is the gate, 1 up, 2 down. Any worker. False: no memory, and the expert is
+ * tried again. */
+typedef bool (*choir_expert_unpack)(void *user, uint32_t layer, uint32_t expert, uint32_t part,
                                     const uint8_t *const *staged, const choir_expert *into);
 
 typedef struct choir_experts_options {
@@ -39,7 +40,7 @@ typedef struct choir_experts_options {
     void *user;
 } choir_experts_options;
 #define CHOIR_EXPERTS_OPTIONS_DEFAULT                                                              \
-    ((choir_experts_options){.queue_depth = 64,                                                    \
+    ((choir_experts_options){.queue_depth = 8,                                                     \
                              .policy = CHOIR_POLICY_DEFAULT,                                       \
                              .stall_ns = CHOIR_SECOND,                                             \
                              .quarantine_ns = 30 * CHOIR_SECOND})
@@ -58,20 +59,20 @@ choir_status choir_experts_reserve(choir_experts *store, uint32_t layer, choir_e
 
 /* -- loading, streamed -- */
 
-enum { CHOIR_EXPERT_EXTENTS = 6 };
+enum { CHOIR_EXPERT_EXTENTS = 6, CHOIR_EXPERT_PARTS = 3 };
 typedef struct choir_expert_extent {
     uint32_t file; /* of choir_experts_add_file() */
     uint32_t bytes;
     uint64_t offset;
 } choir_expert_extent;
 
-/* One extent that is a run (choir_expert_run_bytes, padded to CHOIR_DISK_PAGE, at such an offset) with its
- * XXH3; or what unpack() makes a run of. */
+/* One extent that is a run (choir_expert_run_bytes, padded to CHOIR_DISK_PAGE, at such an offset) with
+ * XXH3 of its matrices; or what unpack() makes a run of. */
 typedef struct choir_expert_source {
     bool packed;
     uint32_t n_extents;
     choir_expert_extent extents[CHOIR_EXPERT_EXTENTS];
-    uint64_t checksum; /* packed: XXH3 of the padded run */
+    uint64_t checksums[CHOIR_EXPERT_PARTS]; /* packed */
 } choir_expert_source;
 
 choir_status choir_experts_add_file(choir_experts *store, const char *path, uint32_t *out)
@@ -109,8 +110,9 @@ void choir_experts_request(choir_experts *store, uint32_t layer, const choir_exp
 uint32_t choir_experts_collect(choir_experts *store, bool wait, uint16_t *ids);
 /* True while requested experts have not been collected. */
 bool choir_experts_pending(const choir_experts *store);
-/* Between collect and admit, on any worker: sees to it that what was read is right. */
-void choir_experts_check(choir_experts *store, uint32_t layer, uint32_t expert);
+/* Between collect and admit, all parts, each on any worker: sees to it that what was read is right. */
+void choir_experts_check(choir_experts *store, uint32_t layer, uint32_t expert, uint32_t part);
+uint32_t choir_experts_n_in_flight(const choir_experts *store); /* reads, those not sent yet included */
 /* Pinned until release(); NULL: it was damaged and is read again, collect() will give it. */
 bool choir_experts_unchecked(const choir_experts *store, uint32_t layer, uint32_t expert);
 const choir_expert *choir_experts_admit(choir_experts *store, uint32_t layer, uint32_t expert);
@@ -122,8 +124,8 @@ typedef struct choir_expert_missing {
 } choir_expert_missing;
 uint32_t choir_experts_missing(choir_experts *store, choir_expert_missing *out);
 
-/* Real loads of experts that a later layer may want, best first, into slots that are colder; 0 … n of them
- * are started. */
+/* Real loads of experts that the next layer may want, best first, into slots that are colder. As many as
+ * the disk is likely to read until then; none while guesses have not paid. Returns how many were begun. */
 uint32_t choir_experts_prefetch(choir_experts *store, uint32_t layer, const uint16_t *experts,
                                 uint32_t n);
 
@@ -140,6 +142,8 @@ typedef struct choir_experts_stats {
     uint64_t budget_bytes, held_bytes;
     uint64_t n_hits, n_late_hits, n_misses; /* requested: in a slot, on their way already, cold */
     uint64_t n_prefetched, n_prefetch_used, n_prefetch_wasted;
+    uint64_t n_predicted, n_predicted_right; /* (row, expert) pairs: recall of the prediction */
+    bool prefetching;                        /* it pays, at the moment */
     uint64_t n_reads, bytes_read, n_retries, n_damaged, n_failed, n_late; /* n_late: sent on without */
     uint64_t stall_ns, busy_ns; /* the step waited; reads were in flight */
     uint64_t latency[CHOIR_LATENCY_BUCKETS];
@@ -148,6 +152,9 @@ void choir_experts_get_stats(const choir_experts *store, choir_experts_stats *ou
 /* The latency, in seconds, that a share of the reads stayed below. */
 double choir_experts_latency(const choir_experts_stats *stats, double share);
 float choir_experts_heat(const choir_experts *store, uint32_t layer, uint32_t expert);
+/* Of n pairs that were predicted so many were right: statistics. */
+void choir_experts_note_prediction(choir_experts *store, uint32_t n, uint32_t n_right);
+bool choir_experts_streamed(const choir_experts *store);
 bool choir_experts_in_reach(const choir_experts *store, uint32_t layer, uint32_t expert);
 
 uint64_t choir_experts_bytes(const choir_experts *store);

@@ -55,7 +55,7 @@ void load_again(choir_experts *store, slot *s)
     slot_move(store, s, SLOT_LOADING);
     s->n_extents_sent = s->n_extents_arrived = 0;
     s->error = 0;
-    s->checked = s->damaged = false;
+    memset(s->parts, PART_UNCHECKED, sizeof s->parts);
     s->tries++;
     s->sent_ns = choir_clock_now();
     store->sending[store->n_sending++] = (uint32_t)(s - store->slots);
@@ -104,7 +104,7 @@ void loads_send(choir_experts *store)
 {
     uint64_t now = store->n_sending > 0 ? choir_clock_now() : 0;
     uint32_t at = 0;
-    for (; at < store->n_sending; at++) {
+    for (; at < store->n_sending && store->n_reads_in_flight < store->options.queue_depth; at++) {
         slot *s = &store->slots[store->sending[at]];
         uint32_t n = store->entries[s->entry].source.n_extents - s->n_extents_sent;
         choir_read reads[CHOIR_EXPERT_EXTENTS];
@@ -181,20 +181,21 @@ void loads_reap(choir_experts *store, uint64_t wait_ns)
     }
 }
 
-void load_check(choir_experts *store, slot *s)
+void load_check(choir_experts *store, slot *s, uint32_t part)
 {
     const entry *e = &store->entries[s->entry];
-    s->damaged = false;
+    choir_expert into = e->expert;
+    choir_expert_place_run(&into, s->data);
+    bool good;
     if (e->source.packed) {
-        s->damaged = XXH3_64bits(s->data, choir_expert_run_bytes(&e->expert)) != e->source.checksum;
+        const choir_matrix *m = part == 0 ? &into.gate : part == 1 ? &into.up : &into.down;
+        good = XXH3_64bits(m->data, m->bytes) == e->source.checksums[part];
     } else {
         const uint8_t *staged[CHOIR_EXPERT_EXTENTS];
-        choir_expert into = e->expert;
-        choir_expert_place_run(&into, s->data);
         for (uint32_t i = 0; i < e->source.n_extents; i++)
             staged[i] = place_of(store, s, i) + pages_of(&e->source.extents[i]).lead;
-        s->damaged = !store->options.unpack(store->options.user, s->entry / store->n_experts,
-                              s->entry % store->n_experts, staged, &into);
+        good = store->options.unpack(store->options.user, s->entry / store->n_experts,
+                                     s->entry % store->n_experts, part, staged, &into);
     }
-    s->checked = true;
+    s->parts[part] = good ? PART_GOOD : PART_DAMAGED;
 }

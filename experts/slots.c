@@ -105,7 +105,7 @@ slot *slots_take_free(choir_experts *store)
 void slot_evict(choir_experts *store, slot *s)
 {
     CHOIR_ASSERT(may_go(store, s));
-    if (s->speculative) store->stats.n_prefetch_wasted++;
+    if (s->speculative) guess_was_wrong(store, s);
     load_end_staging(store, s);
     slot_move(store, s, SLOT_FREE);
 }

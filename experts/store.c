@@ -16,8 +16,10 @@ choir_status choir_experts_create(const choir_experts_options *options, choir_ex
     size_t n = (size_t)store->n_layers * store->n_experts;
     store->entries = choir_calloc(CHOIR_MEM_EXPERTS, n, sizeof *store->entries);
     store->regions = choir_calloc(CHOIR_MEM_EXPERTS, store->n_layers, sizeof *store->regions);
+    store->guesses = choir_calloc(CHOIR_MEM_EXPERTS, MAX_GUESSES, sizeof *store->guesses);
     store->wanted = choir_calloc(CHOIR_MEM_EXPERTS, store->n_experts, sizeof *store->wanted);
-    if (store->entries == NULL || store->regions == NULL || store->wanted == NULL) {
+    if (store->entries == NULL || store->regions == NULL || store->wanted == NULL ||
+        store->guesses == NULL) {
         choir_experts_destroy(store);
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for %u experts in %u layers",
                           options->n_experts, options->n_layers);
@@ -53,6 +55,7 @@ void choir_experts_destroy(choir_experts *store)
     for (uint32_t i = 0; i < store->n_files; i++) close(store->fds[i]);
     choir_free(store->fds);
     choir_free(store->file_bytes);
+    choir_free(store->guesses);
     choir_free(store->wanted);
     choir_free(store->regions);
     choir_free(store->entries);
@@ -259,6 +262,7 @@ choir_status choir_experts_start(choir_experts *store, uint64_t bytes, uint32_t 
         CHOIR_TRY(choir_disk_open(store->options.io, store->options.queue_depth, &store->disk));
     for (uint32_t i = 0; i < store->n_files; i++)
         store->disk->use_file(store->disk, store->fds[i]);
+    store->guessing = store->stats.prefetching = true;
     store->stats.streamed = true;
     store->stats.io = store->disk->name;
     store->stats.policy = choir_policy_text(store->options.policy);
@@ -325,4 +329,14 @@ uint64_t choir_experts_bytes(const choir_experts *store)
 uint32_t choir_experts_n_pinned(const choir_experts *store)
 {
     return store->n_pinned;
+}
+
+bool choir_experts_streamed(const choir_experts *store)
+{
+    return store->stats.streamed;
+}
+
+uint32_t choir_experts_n_in_flight(const choir_experts *store)
+{
+    return store->n_reads_in_flight + store->n_sending;
 }

@@ -20,7 +20,8 @@
 
 typedef enum slot_state { SLOT_FREE, SLOT_LOADING, SLOT_ARRIVED, SLOT_READY } slot_state;
 
-enum { NONE = -1, MAX_TRIES = 3 };
+enum { PART_UNCHECKED, PART_GOOD, PART_DAMAGED };
+enum { NONE = -1, MAX_TRIES = 3, MAX_GUESSES = 64 };
 
 /* What has become of a wanted expert. */
 typedef enum want { WANT_NOTHING, WANT_COLD, WANT_AWAITED, WANT_GIVEN } want;
@@ -42,7 +43,7 @@ typedef struct slot {
     uint8_t n_extents_sent, n_extents_arrived, tries;
     bool speculative;     /* prefetched, and not wanted yet */
     bool late;            /* who wanted it went on without it */
-    bool damaged, checked; /* by check() */
+    uint8_t parts[CHOIR_EXPERT_PARTS]; /* what check() found, each part by one worker */
     int error;            /* errno of its first failed read */
     uint64_t sent_ns;
 } slot;
@@ -99,6 +100,15 @@ struct choir_experts {
     uint32_t layer, n_wanted, n_left; /* n_left: not collected yet */
     wanted *wanted;                   /* [n_experts] */
 
+    /* guesses: what was read ahead and has not been wanted yet */
+    uint32_t *guesses, n_guesses;  /* [MAX_GUESSES] slots */
+    double right, wrong;           /* decayed counts */
+    uint64_t guessed_at, window_ns; /* when the last were sent; mean time from then to the next demand */
+    bool guessing;                 /* in this block of layers */
+    double cost[2];                /* ns per wanted expert without and with guesses; 0: unknown */
+    uint64_t layer_began, block_ns, block_wanted;
+    uint32_t layer_wanted, block_layers, n_blocks;
+
     uint32_t n_reads_in_flight;
     uint64_t busy_since, progress_ns; /* progress: when the disk last gave something */
     choir_experts_stats stats;
@@ -129,6 +139,12 @@ void slots_shrink(choir_experts *store); /* gives slabs beyond the budget back, 
 void entry_pin(choir_experts *store, entry *e);
 void entry_unpin(choir_experts *store, entry *e);
 
+/* experts/prefetch.c */
+void guesses_begin_layer(choir_experts *store, uint32_t n_wanted);
+void guesses_end_layer(choir_experts *store, uint32_t layer); /* after the hits were counted */
+void guess_was_right(choir_experts *store, slot *s);
+void guess_was_wrong(choir_experts *store, slot *s);
+
 /* experts/loads.c: reads of slots */
 size_t choir_expert_staged_bytes(const choir_expert_source *source);
 bool load_can_begin(const choir_experts *store, const entry *e); /* a staging buffer is there if it needs one */
@@ -136,6 +152,6 @@ void load_begin(choir_experts *store, slot *s, uint32_t entry, bool speculative)
 void load_again(choir_experts *store, slot *s);
 void loads_send(choir_experts *store);
 void loads_reap(choir_experts *store, uint64_t wait_ns);
-void load_check(choir_experts *store, slot *s);
+void load_check(choir_experts *store, slot *s, uint32_t part);
 void load_end_staging(choir_experts *store, slot *s);
 void slot_fail(choir_experts *store, slot *s, const char *why);

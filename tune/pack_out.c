@@ -507,12 +507,12 @@ static void pack_expert(packer *p, const unit *u, uint8_t *out, choir_status *st
 {
     memset(out, 0, u->bytes);
     for (uint32_t i = 0; i < 3 && *status == CHOIR_OK; i++) {
-        const choir_pack_tensor *t = &p->tensors[u->first_tensor + i * p->header.n_runs];
+        choir_pack_tensor *t = &p->tensors[u->first_tensor + i * p->header.n_runs];
         choir_slice s;
         *status = choir_model_file_slice(p->file, t->role, t->layer, t->index, &s);
         if (*status == CHOIR_OK) *status = pack_rows(&s, t->dtype, out + (t->offset - u->offset));
+        t->checksum = XXH3_64bits(out + (t->offset - u->offset), t->bytes);
     }
-    p->runs[u->run].checksum = XXH3_64bits(out, u->bytes);
 }
 
 static void pack_experts(void *arg, uint32_t worker, uint32_t n_workers)

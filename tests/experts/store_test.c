@@ -75,7 +75,7 @@ static void test_absent_and_exact(void **state)
 static void test_lack_of_memory(void **state)
 {
     (void)state;
-    for (uint64_t i = 1; i <= 5; i++) {
+    for (uint64_t i = 1; i <= 6; i++) {
         choir_experts *store = NULL;
         choir_expert expert = planned(100);
         choir_memory_fail_at(i);
