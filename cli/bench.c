@@ -67,6 +67,7 @@ static choir_status prefill(bench *b, uint32_t batch, double *rate)
                                .n_pages = b->pages_per_sequence,
                                .n_logits = at + n == b->prompt};
             CHOIR_TRY(choir_engine_step(b->engine, &span, 1));
+            CHOIR_TRY(choir_span_failure(&span));
         }
     *rate = (double)b->prompt * batch / ((double)(choir_clock_now() - start) / 1e9);
     return CHOIR_OK;
@@ -84,6 +85,7 @@ static choir_status decode(bench *b, uint32_t batch, double *rate)
                                        .n_pages = b->pages_per_sequence,
                                        .n_logits = 1};
         CHOIR_TRY(choir_engine_step(b->engine, b->spans, batch));
+        for (uint32_t s = 0; s < batch; s++) CHOIR_TRY(choir_span_failure(&b->spans[s]));
     }
     *rate = (double)b->generate * batch / ((double)(choir_clock_now() - start) / 1e9);
     return CHOIR_OK;

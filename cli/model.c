@@ -51,6 +51,7 @@ choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
     options->exact = values->exact;
     options->show_progress = true;
     options->memory_bytes = values->memory;
+    options->stall_ns = 60 * CHOIR_SECOND; /* nobody else waits */
     options->io_depth = (uint32_t)values->io_depth;
     options->no_prefetch = values->no_prefetch;
     if (values->io != NULL && !choir_io_parse(values->io, &options->io))

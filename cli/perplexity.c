@@ -47,7 +47,7 @@ static choir_status score_window(choir_engine *engine, const uint32_t *ids, uint
                            .targets = ids + first + 1,
                            .target_logprobs = scores + first};
         CHOIR_TRY(choir_engine_step(engine, &span, 1));
-        if (span.status != CHOIR_OK) return choir_fail(span.status, "the logits hold NaN or Inf");
+        CHOIR_TRY(choir_span_failure(&span));
     }
     return CHOIR_OK;
 }

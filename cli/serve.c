@@ -145,6 +145,7 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
     choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
     CHOIR_TRY(choir_cli_engine_options(&v->engine, &o));
     o.max_context = (uint32_t)v->max_model_len;
+    o.stall_ns = CHOIR_SECOND;
     CHOIR_TRY(choir_cli_find_model(model, path, sizeof path));
     CHOIR_TRY(kv_wanted(v, path, &o.kv_bytes));
     o.memory_bytes = (v->engine.memory > 0 ? v->engine.memory : available_memory() / 2) / n_models;

@@ -105,6 +105,8 @@ typedef struct choir_span {
 /* Σ n_tokens <= max_rows, n_spans <= max_spans. Spans are independent: a span's bits depend on nothing
  * but its own tokens and pages. Two spans of one step may share pages only below their positions. */
 choir_status choir_engine_step(choir_engine *engine, choir_span *spans, uint32_t n_spans) CHOIR_MUST_USE;
+/* Why a span of a step has failed, as a sentence; returns its status. */
+choir_status choir_span_failure(const choir_span *span);
 uint64_t choir_engine_n_steps(const choir_engine *engine); /* for the watchdog; any thread */
 
 /* Every token goes to this expert alone (weight 1); -1 ends it. A property of the demo MoE that tests

@@ -39,6 +39,7 @@ static choir_status finish_row(choir_engine *e, uint32_t output, float *logits, 
     const row *r = &s->rows[s->outputs[output]];
     choir_span *span = &s->spans[r->span];
     uint32_t index = r->position - span->position - (span->n_tokens - span->n_logits);
+    if (span->status != CHOIR_OK) return CHOIR_OK; /* void already; nothing is drawn from it */
     finish_logits(e, logits);
     bool draws = span->sampler != NULL && index + 1 == span->n_logits;
     if (span->logits != NULL)

@@ -114,6 +114,18 @@ static choir_status lay_out(choir_engine *e, choir_span *spans, uint32_t n_spans
     return CHOIR_OK;
 }
 
+choir_status choir_span_failure(const choir_span *span)
+{
+    if (span->status == CHOIR_OK) return CHOIR_OK;
+    if (span->missing_expert >= 0)
+        return choir_fail(span->status,
+                          span->status == CHOIR_E_UNAVAILABLE
+                              ? "expert %d of layer %d is late: the disk gives nothing"
+                              : "expert %d of layer %d cannot be read from disk, or is damaged",
+                          span->missing_expert, span->missing_layer);
+    return choir_fail(span->status, "the model's logits hold NaN or Inf for this request");
+}
+
 choir_status choir_engine_step(choir_engine *engine, choir_span *spans, uint32_t n_spans)
 {
     CHOIR_TRY(lay_out(engine, spans, n_spans));

@@ -142,6 +142,7 @@ typedef struct choir_scheduler_stats {
     uint32_t n_running, n_waiting, n_paused;
     uint32_t n_pages, n_pages_free, n_pages_cached; /* cached: only the prefix cache holds them */
     uint64_t n_steps, n_prompt_tokens, n_cached_tokens, n_output_tokens;
+    uint64_t n_late; /* spans that were sent back to wait for an expert */
     uint64_t n_accepted, n_refused, n_done, n_cancelled, n_expired, n_failed, n_preempted;
     uint64_t last_step_ns, step_ns_total, rows_total; /* rows_total / n_steps: mean batch */
     bool healthy;                                     /* forward progress, or nothing to do */

@@ -335,20 +335,28 @@ static void register_pages(choir_scheduler *s, sequence *q)
     }
 }
 
-static void hand_out(choir_scheduler *s, uint32_t n_spans)
+/* False: every sequence waits for an expert that the disk does not give. */
+static bool hand_out(choir_scheduler *s, uint32_t n_spans)
 {
+    uint32_t n_late = 0;
     for (uint32_t i = 0; i < n_spans; i++) {
         sequence *q = s->span_of[i];
         if (q->state == SEQ_ENDED) continue; /* its request ended with a sibling */
+        if (s->spans[i].status == CHOIR_E_UNAVAILABLE) { /* the same rows again, next time */
+            n_late++;
+            continue;
+        }
         if (s->spans[i].status != CHOIR_OK) {
-            request_end(s, q->of, CHOIR_E_DATA_LOSS,
-                        "the model's logits hold NaN or Inf for this request");
+            choir_status status = choir_span_failure(&s->spans[i]);
+            request_end(s, q->of, status, choir_error_message());
             continue;
         }
         q->n_computed += q->n_rows;
         register_pages(s, q);
         if (s->spans[i].sampler != NULL) sequence_take_token(s, q, &s->spans[i].sample);
     }
+    s->stats.n_late += n_late;
+    return n_late < n_spans;
 }
 
 static void free_ended(choir_scheduler *s)
@@ -389,6 +397,7 @@ bool scheduler_tick(choir_scheduler *s)
     end_what_must(s);
     watch_readers(s);
     uint32_t n_spans = choose(s);
+    bool worked = n_spans > 0;
     if (n_spans > 0) {
         /* Before the step: a step that hangs must be seen from outside as work without progress. */
         atomic_store_explicit(&s->busy, true, memory_order_release);
@@ -399,12 +408,12 @@ bool scheduler_tick(choir_scheduler *s)
         s->stats.n_steps++;
         for (uint32_t i = 0; i < n_spans; i++) s->stats.rows_total += s->spans[i].n_tokens;
         if (status == CHOIR_OK)
-            hand_out(s, n_spans);
+            worked = hand_out(s, n_spans);
         else
             for (uint32_t i = 0; i < n_spans; i++)
                 request_end(s, s->span_of[i]->of, status, choir_error_message());
     }
     free_ended(s);
-    publish(s, n_spans > 0);
-    return n_spans > 0;
+    publish(s, worked);
+    return worked;
 }

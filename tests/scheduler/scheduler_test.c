@@ -149,6 +149,42 @@ static void test_poisoned_request(void **state)
     end_world(&w);
 }
 
+/* FAULTS 4: who waits for an expert waits alone, until its deadline; it takes no token meanwhile. */
+static void test_late_expert(void **state)
+{
+    (void)state;
+    world w = make_world(64, small_options());
+    uint32_t tokens[] = {5, 6, 7, 8, 9, 10};
+    choir_request r = plain_request(tokens, 6, 8, 1);
+    choir_scheduler_stats stats;
+    answer a = {0}, wanted = run_alone(&r, NULL);
+    w.engine->late_percent = 100;
+    choir_stream *s = submit(&w, &r);
+    for (int i = 0; i < 50; i++) assert_false(choir_scheduler_tick(w.scheduler)); /* no progress */
+    assert_false(drain(s, &a));
+    fake_now += 31 * CHOIR_SECOND;
+    choir_scheduler_get_stats(w.scheduler, &stats);
+    assert_false(stats.healthy);
+    assert_true(stats.n_late >= 50);
+    w.engine->late_percent = 0;
+    finish(&w, s, &a);
+    assert_int_equal(a.status, CHOIR_OK);
+    assert_int_equal(a.n[0], wanted.n[0]);
+    assert_memory_equal(a.tokens[0], wanted.tokens[0], a.n[0] * sizeof(uint32_t));
+    choir_scheduler_get_stats(w.scheduler, &stats);
+    assert_true(stats.healthy);
+    w.engine->late_percent = 100;
+    r.deadline_ns = choir_clock_now() + CHOIR_SECOND;
+    s = submit(&w, &r);
+    for (int i = 0; i < 5; i++) choir_scheduler_tick(w.scheduler);
+    fake_now += 2 * CHOIR_SECOND;
+    a = (answer){0};
+    finish(&w, s, &a);
+    assert_int_equal(a.status, CHOIR_E_DEADLINE);
+    assert_quiet(&w);
+    end_world(&w);
+}
+
 static void hang(void *user)
 {
     world *w = user;
@@ -305,6 +341,8 @@ static void simulate(uint64_t seed, uint32_t n_pages, uint32_t n_rounds, uint64_
     world w = make_world(n_pages, small_options());
     w.engine->poison = POISON;
     if (seed % 2 == 0) w.scheduler->options.outbox_bytes = 2048; /* readers are often too slow */
+    if (seed % 3 == 0) w.engine->late_percent = 20;             /* experts are often late */
+    w.engine->late_state = seed;
     static client clients[N_SLOTS];
     memset(clients, 0, sizeof clients);
     uint32_t common[64];
@@ -361,6 +399,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_prefix_cache),
         cmocka_unit_test(test_samples_share_the_prompt),
         cmocka_unit_test(test_poisoned_request),
+        cmocka_unit_test(test_late_expert),
         cmocka_unit_test(test_watchdog),
         cmocka_unit_test(test_slow_reader),
         cmocka_unit_test(test_warm_ticks_allocate_nothing),

@@ -37,6 +37,17 @@ static void run_span(simulated_engine *e, choir_span *span)
             span->tokens[i] + 1;
     }
     span->status = CHOIR_OK;
+    span->missing_layer = span->missing_expert = -1;
+    e->late_state = mix(e->late_state, span->position + 1);
+    if ((e->late_state >> 32) % 100 < e->late_percent) {
+        for (uint32_t i = 0; i < span->n_tokens; i++) {
+            uint32_t at = span->position + i;
+            e->kv[span->pages[at / e->page_tokens] * e->page_tokens + at % e->page_tokens] = 999;
+        }
+        span->status = CHOIR_E_UNAVAILABLE;
+        span->missing_layer = span->missing_expert = 1;
+        return;
+    }
     e->n_tokens += span->n_tokens;
     if (span->sampler == NULL) return;
     uint64_t h = 1;

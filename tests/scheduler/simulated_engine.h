@@ -9,6 +9,8 @@ typedef struct simulated_engine {
     uint32_t *kv; /* [n_pages, page_tokens] token + 1; 0: never written */
     uint64_t n_steps, n_tokens;
     uint64_t poison;     /* a history that holds this token gives NaN logits; 0: off */
+    uint32_t late_percent; /* so many spans of 100 lack an expert: void, with nonsense in their pages */
+    uint64_t late_state;
     uint32_t fail_steps; /* so many steps fail whole */
     void (*before_step)(void *user);
     void *user;
