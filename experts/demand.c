@@ -9,9 +9,10 @@ void choir_experts_step(choir_experts *store)
     slots_shrink(store);
 }
 
-static bool in_quarantine(entry *e, uint64_t now)
+static bool in_quarantine(entry *e)
 {
-    if (e->quarantined_until != 0 && now >= e->quarantined_until) e->quarantined_until = 0;
+    if (e->quarantined_until != 0 && choir_clock_now() >= e->quarantined_until)
+        e->quarantined_until = 0;
     return e->quarantined_until != 0;
 }
 
@@ -23,7 +24,7 @@ static void load_cold(choir_experts *store)
     for (uint32_t i = 0; i < store->n_wanted; i++) {
         wanted *w = &store->wanted[i];
         entry *e = entry_at(store, store->layer, w->expert);
-        if (w->state != WANT_COLD || in_quarantine(e, store->progress_ns)) continue;
+        if (w->state != WANT_COLD || in_quarantine(e)) continue;
         if (!load_can_begin(store, e)) break;
         slot *s = slots_take_free(store);
         while (s == NULL) {
