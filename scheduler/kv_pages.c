@@ -26,6 +26,7 @@ bool kv_pages_take(kv_pages *pages, uint32_t *page)
     if (pages->n_free == 0) return false;
     *page = pages->free[--pages->n_free];
     pages->page[*page].refs = 1;
+    pages->page[*page].touched = true;
     return true;
 }
 

@@ -9,7 +9,7 @@
 
 typedef struct kv_page {
     uint32_t refs;
-    bool cached, suspect;
+    bool cached, suspect, touched; /* touched: its memory may be held */
 } kv_page;
 
 typedef struct kv_pages {

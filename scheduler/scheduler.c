@@ -83,6 +83,7 @@ static choir_status make_tables(choir_scheduler *s)
     if (s->live == NULL || s->order == NULL || s->spans == NULL || s->span_of == NULL)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the scheduler");
     CHOIR_TRY(kv_pages_create(s->engine.n_pages, s->engine.zero_page, s->engine.engine, &s->pages));
+    kv_share_begin(s);
     if (!s->options.prefix_cache) return CHOIR_OK;
     return prefix_cache_create(&s->pages, s->engine.page_tokens, &s->prefix);
 }

@@ -40,6 +40,11 @@ typedef struct choir_step_engine {
     choir_status (*step)(void *engine, choir_span *spans, uint32_t n_spans);
     void (*copy_page)(void *engine, uint32_t from, uint32_t to);
     void (*zero_page)(void *engine, uint32_t page);
+    /* NULL, or KV pages share memory with streamed experts: so many may be in use, at least kv_floor; what a
+     * page holds is not needed any more */
+    void (*set_pages)(void *engine, uint32_t n);
+    void (*forget_page)(void *engine, uint32_t page);
+    uint32_t kv_floor;
     uint32_t n_pages, page_tokens, vocab, max_positions, max_rows, max_spans;
     const choir_tokenizer *tokenizer; /* NULL: no text, ids only */
     uint64_t digest;                  /* of what makes KV: the weights; part of every prefix key */

@@ -94,6 +94,7 @@ struct choir_scheduler {
     choir_scheduler_options options;
     kv_pages pages;
     prefix_cache *prefix; /* NULL: off */
+    uint32_t n_kv_pages, n_idle_ticks; /* pages that may be in use; kv_share.c */
 
     pthread_t thread;
     bool threaded;
@@ -152,6 +153,10 @@ choir_status stream_put(choir_stream *stream, const delta *d) CHOIR_MUST_USE;
 void stream_finish(choir_stream *stream, const request *r, choir_status status,
                    const char *message);
 void stream_wake(choir_stream *stream);
+
+/* kv_share.c */
+void kv_share_begin(choir_scheduler *s);
+void kv_share_before_step(choir_scheduler *s);
 
 /* tick.c */
 bool scheduler_tick(choir_scheduler *s);

@@ -12,15 +12,22 @@ static void copy_page(void *engine, uint32_t from, uint32_t to)
 
 static void zero_page(void *engine, uint32_t page) { choir_engine_zero_page(engine, page); }
 
+static void set_pages(void *engine, uint32_t n) { choir_engine_set_kv_pages(engine, n); }
+static void forget_page(void *engine, uint32_t page) { choir_engine_forget_page(engine, page); }
+
 choir_step_engine choir_step_engine_of(choir_engine *engine)
 {
     const choir_model_config *c = choir_engine_config(engine);
     uint64_t n_pages = choir_engine_n_pages(engine);
+    bool shared = choir_engine_kv_floor(engine) < n_pages;
     return (choir_step_engine){
         .engine = engine,
         .step = step,
         .copy_page = copy_page,
         .zero_page = zero_page,
+        .set_pages = shared ? set_pages : NULL,
+        .forget_page = forget_page,
+        .kv_floor = choir_engine_kv_floor(engine),
         .n_pages = (uint32_t)n_pages,
         .page_tokens = CHOIR_PAGE_TOKENS,
         .vocab = c->vocab,

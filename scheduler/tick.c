@@ -398,6 +398,7 @@ bool scheduler_tick(choir_scheduler *s)
     watch_readers(s);
     uint32_t n_spans = choose(s);
     bool worked = n_spans > 0;
+    kv_share_before_step(s);
     if (n_spans > 0) {
         /* Before the step: a step that hangs must be seen from outside as work without progress. */
         atomic_store_explicit(&s->busy, true, memory_order_release);

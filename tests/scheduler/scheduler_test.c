@@ -338,7 +338,9 @@ static void check_answer(const client *c)
 static void simulate(uint64_t seed, uint32_t n_pages, uint32_t n_rounds, uint64_t *n_preempted)
 {
     seed_random(seed);
+    simulated_engine_shares = seed % 5 == 0;
     world w = make_world(n_pages, small_options());
+    simulated_engine_shares = false;
     w.engine->poison = POISON;
     if (seed % 2 == 0) w.scheduler->options.outbox_bytes = 2048; /* readers are often too slow */
     if (seed % 3 == 0) w.engine->late_percent = 20;             /* experts are often late */

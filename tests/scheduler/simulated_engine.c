@@ -6,12 +6,15 @@
 
 enum { PAGE_TOKENS = 4, VOCAB = 64, MAX_ROWS = 64, MAX_SPANS = 16 };
 
+bool simulated_engine_shares = false;
+
 simulated_engine *simulated_engine_create(uint32_t n_pages)
 {
     simulated_engine *e = calloc(1, sizeof *e);
     *e = (simulated_engine){n_pages,   PAGE_TOKENS,
                             VOCAB,     MAX_ROWS,
                             MAX_SPANS, calloc((size_t)n_pages * PAGE_TOKENS, sizeof(uint32_t))};
+    e->shares = simulated_engine_shares;
     return e;
 }
 
@@ -67,6 +70,18 @@ static void run_span(simulated_engine *e, choir_span *span)
                                       scratch, &span->sample);
 }
 
+/* Pages that hold anything are within what is allowed. */
+static void check_share(const simulated_engine *e)
+{
+    uint32_t n = 0;
+    for (uint32_t p = 0; p < e->n_pages; p++) {
+        bool held = false;
+        for (uint32_t i = 0; i < e->page_tokens; i++) held |= e->kv[p * e->page_tokens + i] != 0;
+        n += held;
+    }
+    CHOIR_ASSERT(!e->shares || n <= e->allowed);
+}
+
 static choir_status step(void *engine, choir_span *spans, uint32_t n_spans)
 {
     simulated_engine *e = engine;
@@ -89,6 +104,7 @@ static choir_status step(void *engine, choir_span *spans, uint32_t n_spans)
         rows += spans[i].n_tokens;
     }
     CHOIR_ASSERT(rows <= e->max_rows);
+    check_share(e);
     e->n_steps++;
     return CHOIR_OK;
 }
@@ -106,6 +122,20 @@ static void zero_page(void *engine, uint32_t page)
     memset(e->kv + page * e->page_tokens, 0, e->page_tokens * sizeof *e->kv);
 }
 
+static void set_pages(void *engine, uint32_t n)
+{
+    simulated_engine *e = engine;
+    CHOIR_ASSERT(n <= e->n_pages);
+    e->allowed = n;
+    if (n > e->most_allowed) e->most_allowed = n;
+}
+
+static void forget_page(void *engine, uint32_t page)
+{
+    ((simulated_engine *)engine)->n_forgotten++;
+    zero_page(engine, page);
+}
+
 choir_step_engine simulated_step_engine(simulated_engine *e)
 {
     static const int32_t eos[] = {3};
@@ -113,6 +143,9 @@ choir_step_engine simulated_step_engine(simulated_engine *e)
                                .step = step,
                                .copy_page = copy_page,
                                .zero_page = zero_page,
+                               .set_pages = e->shares ? set_pages : NULL,
+                               .forget_page = forget_page,
+                               .kv_floor = SIMULATED_KV_FLOOR,
                                .n_pages = e->n_pages,
                                .page_tokens = e->page_tokens,
                                .vocab = e->vocab,

@@ -11,11 +11,15 @@ typedef struct simulated_engine {
     uint64_t poison;     /* a history that holds this token gives NaN logits; 0: off */
     uint32_t late_percent; /* so many spans of 100 lack an expert: void, with nonsense in their pages */
     uint64_t late_state;
+    bool shares;         /* as simulated_engine_shares at its creation: KV pages share memory, no more than `allowed` may be in use */
+    uint32_t allowed, most_allowed, n_forgotten;
     uint32_t fail_steps; /* so many steps fail whole */
     void (*before_step)(void *user);
     void *user;
 } simulated_engine;
 
+extern bool simulated_engine_shares;
+enum { SIMULATED_KV_FLOOR = 8 };
 simulated_engine *simulated_engine_create(uint32_t n_pages);
 void simulated_engine_destroy(simulated_engine *engine);
 choir_step_engine simulated_step_engine(simulated_engine *engine);

@@ -282,6 +282,33 @@ static void test_poison_is_not_cached(void **state)
     end_world(&w);
 }
 
+/* A long context takes memory from the experts, and gives it back some time after it has ended. */
+static void test_pages_are_taken_and_given_back(void **state)
+{
+    (void)state;
+    simulated_engine_shares = true;
+    world w = make_world(64, small_options());
+    simulated_engine_shares = false;
+    assert_int_equal(w.engine->allowed, SIMULATED_KV_FLOOR);
+    uint32_t tokens[160];
+    for (uint32_t i = 0; i < 160; i++) tokens[i] = 4 + i % 50;
+    choir_request r = plain_request(tokens, 160, 8, 1), small = plain_request(tokens + 3, 5, 100, 2);
+    r.ignore_eos = small.ignore_eos = true;
+    answer a = {0}, b = {0};
+    choir_stream *s = submit(&w, &r);
+    finish(&w, s, &a);
+    assert_int_equal(a.status, CHOIR_OK);
+    assert_true(w.engine->most_allowed >= 42);
+    assert_true(w.engine->allowed >= 42); /* not at once */
+    s = submit(&w, &small);
+    finish(&w, s, &b);
+    assert_int_equal(b.status, CHOIR_OK);
+    assert_true(w.engine->n_forgotten > 20);
+    assert_true(w.engine->allowed < 40);
+    assert_quiet(&w);
+    end_world(&w);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -295,6 +322,7 @@ int main(void)
         cmocka_unit_test(test_health_after_a_long_idle_time),
         cmocka_unit_test(test_failed_step),
         cmocka_unit_test(test_poison_is_not_cached),
+        cmocka_unit_test(test_pages_are_taken_and_given_back),
     };
     return cmocka_run_group_tests(tests, use_fake_clock, NULL);
 }
