@@ -64,7 +64,7 @@ typedef struct choir_cli_engine_values {
     uint64_t threads;
     const char *cpu_level;
     bool exact;
-    uint64_t memory;
+    uint64_t memory, expert_memory;
     const char *io, *policy;
     uint64_t io_depth;
     bool no_prefetch;
@@ -80,6 +80,8 @@ typedef struct choir_cli_engine_values {
      "f32 activations and accumulation over dequantised weights: slow, the reference", 0, 0},                    \
     {"memory", 0, CHOIR_OPTION_SIZE, offsetof(type, member.memory), "8GiB",                                      \
      "budget for weights, KV pages and scratch together; experts beyond it are streamed from the file", 0, 0},   \
+    {"expert-memory", 0, CHOIR_OPTION_SIZE, offsetof(type, member.expert_memory), "2GiB",                        \
+     "experts are streamed, and get so much; 0: what the budget leaves, if they do not all fit", 0, 0},          \
     {"expert-io", 0, CHOIR_OPTION_TEXT, offsetof(type, member.io), "HOW",                                        \
      "auto, io_uring, io_uring-plain or pread: how streamed experts are read", 0, 0},                            \
     {"expert-policy", 0, CHOIR_OPTION_TEXT, offsetof(type, member.policy), "WHO",                                \

@@ -102,12 +102,73 @@ static json_t *model_json(const Choir__V1__Model *m)
                      (int)m->chat_template, "licence", m->licence);
 }
 
-static void print_served(const values *v, const Choir__V1__ListModelsResponse *answer)
+/* A letter for an expert's share of its layer's hottest: '.' never used, then 1 to 9. */
+static void print_heat(const Choir__V1__ExpertStats *x)
+{
+    for (size_t l = 0; l < x->n_heat; l++) {
+        const Choir__V1__LayerHeat *h = x->heat[l];
+        float most = 0;
+        for (size_t i = 0; i < h->n_experts; i++)
+            if (h->experts[i] > most) most = h->experts[i];
+        if (most == 0) continue; /* a dense layer, or nothing yet */
+        printf("    layer %3u  ", h->layer);
+        for (size_t i = 0; i < h->n_experts; i++)
+            putchar(h->experts[i] < 0.01F ? '.' : '1' + (int)(8.99F * h->experts[i] / most));
+        putchar('\n');
+    }
+}
+
+static void print_experts(const Choir__V1__ExpertStats *x)
+{
+    char a[16], b[16];
+    printf("    experts are streamed by %s: %u of %u in memory (%s of %s), policy %s\n", x->io,
+           x->slots_used, x->experts, choir_format_bytes(x->held_bytes, a),
+           choir_format_bytes(x->budget_bytes, b), x->policy);
+    printf("    hits %.0f %%; %s read at %.2f GB/s; a read's p50 %.1f ms, p99 %.1f ms; waited %.1f ms a "
+           "token\n",
+           100 * x->hit_rate, choir_format_bytes(x->bytes_read, a), x->bandwidth / 1e9, x->read_p50_ms,
+           x->read_p99_ms, x->stall_ms_per_token);
+    printf("    reading ahead is %s: foreseen %.0f %%, used %.0f %% of %llu\n",
+           x->prefetching ? "on" : "off, it does not pay", 100 * x->prediction_recall,
+           100 * x->prefetch_precision, (unsigned long long)x->prefetched);
+    if (x->retries + x->damaged + x->failed > 0)
+        printf("    the disk failed: %llu reads tried again, %llu damaged, %llu experts given up\n",
+               (unsigned long long)x->retries, (unsigned long long)x->damaged,
+               (unsigned long long)x->failed);
+    print_heat(x);
+}
+
+static json_t *experts_json(const Choir__V1__ExpertStats *x)
+{
+    return json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:f, s:I, s:f, s:f, s:f, s:f, s:b}", "io", x->io,
+                     "policy", x->policy, "experts", (json_int_t)x->experts, "slots",
+                     (json_int_t)x->slots, "slots_used", (json_int_t)x->slots_used, "held_bytes",
+                     (json_int_t)x->held_bytes, "hit_rate", x->hit_rate, "bytes_read",
+                     (json_int_t)x->bytes_read, "bandwidth", x->bandwidth, "read_p50_ms",
+                     x->read_p50_ms, "read_p99_ms", x->read_p99_ms, "stall_ms_per_token",
+                     x->stall_ms_per_token, "prefetching", (int)x->prefetching);
+}
+
+static const Choir__V1__ExpertStats *experts_of(const Choir__V1__GetStatsResponse *stats,
+                                                const char *model)
+{
+    for (size_t i = 0; i < stats->n_models; i++)
+        if (strcmp(stats->models[i]->model, model) == 0) return stats->models[i]->experts;
+    return NULL;
+}
+
+static void print_served(const values *v, const Choir__V1__ListModelsResponse *answer,
+                         const Choir__V1__GetStatsResponse *stats)
 {
     if (v->json) {
         json_t *models = json_array();
         for (size_t i = 0; i < answer->n_models; i++)
-            json_array_append_new(models, model_json(answer->models[i]));
+        {
+            const Choir__V1__ExpertStats *x = experts_of(stats, answer->models[i]->name);
+            json_t *model = model_json(answer->models[i]);
+            if (x != NULL) json_object_set_new(model, "streamed", experts_json(x));
+            json_array_append_new(models, model);
+        }
         choir_cli_print_json(json_pack("{s:s, s:s, s:o}", "server", v->server.target, "health",
                                        "SERVING", "models", models),
                              true);
@@ -120,13 +181,15 @@ static void print_served(const values *v, const Choir__V1__ListModelsResponse *a
                m->max_tokens);
         if (m->n_experts > 0) printf(", %u of %u experts a token", m->n_experts_used, m->n_experts);
         putchar('\n');
+        if (experts_of(stats, m->name) != NULL) print_experts(experts_of(stats, m->name));
     }
 }
 
 static choir_status run_served(const values *v)
 {
     choir_client *client;
-    ProtobufCMessage *answer = NULL;
+    ProtobufCMessage *answer = NULL, *stats = NULL;
+    Choir__V1__GetStatsRequest stats_request = CHOIR__V1__GET_STATS_REQUEST__INIT;
     const Choir__V1__ListModelsRequest request = CHOIR__V1__LIST_MODELS_REQUEST__INIT;
     choir_cli_catch_interrupts();
     CHOIR_TRY(choir_cli_client(&v->server, &client));
@@ -134,7 +197,14 @@ static choir_status run_served(const values *v)
     if (status == CHOIR_OK)
         status = choir_client_call(client, "/choir.v1.Choir/ListModels", &request.base,
                                    &choir__v1__list_models_response__descriptor, &answer);
-    if (status == CHOIR_OK) print_served(v, (const Choir__V1__ListModelsResponse *)answer);
+    stats_request.expert_heat = true;
+    if (status == CHOIR_OK)
+        status = choir_client_call(client, "/choir.v1.Choir/GetStats", &stats_request.base,
+                                   &choir__v1__get_stats_response__descriptor, &stats);
+    if (status == CHOIR_OK)
+        print_served(v, (const Choir__V1__ListModelsResponse *)answer,
+                     (const Choir__V1__GetStatsResponse *)stats);
+    if (stats != NULL) protobuf_c_message_free_unpacked(stats, NULL);
     if (answer != NULL) protobuf_c_message_free_unpacked(answer, NULL);
     choir_client_destroy(client);
     return status;

@@ -53,6 +53,7 @@ choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
     options->memory_bytes = values->memory;
     options->stall_ns = 60 * CHOIR_SECOND; /* nobody else waits */
     options->io_depth = (uint32_t)values->io_depth;
+    options->expert_bytes = values->expert_memory;
     options->no_prefetch = values->no_prefetch;
     if (values->io != NULL && !choir_io_parse(values->io, &options->io))
         return choir_fail(CHOIR_E_INVALID,

@@ -123,7 +123,7 @@ static choir_status kv_wanted(const values *v, const char *path, uint64_t *kv_by
     return CHOIR_OK;
 }
 
-/* The name clients use: what was asked for, or the last part of the path without ".gguf". */
+/* The name clients use: what was asked for, or the last part of the path without ".gguf" or ".choir". */
 static void name_of(const values *v, uint32_t i, const char *path, char *name, size_t bytes)
 {
     if (i < v->served_model_name.n) {
@@ -135,6 +135,7 @@ static void name_of(const values *v, uint32_t i, const char *path, char *name, s
     size_t start = end;
     while (start > 0 && path[start - 1] != '/') start--;
     if (end - start > 5 && memcmp(path + end - 5, ".gguf", 5) == 0) end -= 5;
+    if (end - start > 6 && memcmp(path + end - 6, ".choir", 6) == 0) end -= 6;
     snprintf(name, bytes, "%.*s", (int)(end - start < 255 ? end - start : 255), path + start);
 }
 
@@ -172,6 +173,10 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
             choir_format_bytes(sizes.kv_bytes, b),
             choir_engine_n_pages(out->engine) * CHOIR_PAGE_TOKENS,
             choir_engine_n_threads(out->engine), choir_engine_kernels(out->engine)->name);
+    choir_experts_stats x = choir_engine_expert_stats(out->engine);
+    if (x.streamed)
+        fprintf(stderr, "choir: %s: up to %u of %u experts in %s of memory, the others streamed by %s\n",
+                out->name, x.n_slots, x.n_experts, choir_format_bytes(x.budget_bytes, a), x.io);
     return CHOIR_OK;
 }
 

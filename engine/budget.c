@@ -80,6 +80,13 @@ choir_status choir_budget_plan(choir_engine *e, const choir_model_file *file)
     if (wanted < least_kv) wanted = least_kv;
     uint64_t fixed = dense + scratch + process;
     uint64_t rest = memory > fixed ? memory - fixed : 0;
+    if (e->options.expert_bytes > 0) { /* told apart: nothing is shared */
+        if (rest < e->options.expert_bytes + least_kv)
+            return too_small(e, dense, scratch, process, e->options.expert_bytes + least_kv);
+        rest -= e->options.expert_bytes;
+        e->options.kv_bytes = wanted < rest ? wanted : rest;
+        return CHOIR_OK;
+    }
     if (experts == 0 || experts + wanted <= rest || rest >= experts + experts / 8 + least_kv) {
         if (rest < experts + least_kv) return too_small(e, dense, scratch, process, experts + least_kv);
         e->options.kv_bytes = wanted < rest - experts ? wanted : rest - experts;

@@ -198,3 +198,8 @@ uint32_t choir_engine_n_experts_pinned(const choir_engine *e)
 {
     return choir_experts_n_pinned(e->experts);
 }
+
+float choir_engine_expert_heat(const choir_engine *e, uint32_t layer_index, uint32_t expert)
+{
+    return choir_experts_heat(e->experts, layer_index, expert);
+}

@@ -120,6 +120,7 @@ typedef struct choir_engine_sizes {
 choir_engine_sizes choir_engine_memory(const choir_engine *engine);
 /* Of streamed experts; `streamed` is false when all are resident. Engine thread. */
 choir_experts_stats choir_engine_expert_stats(const choir_engine *engine);
+float choir_engine_expert_heat(const choir_engine *engine, uint32_t layer, uint32_t expert);
 uint32_t choir_engine_n_experts_pinned(const choir_engine *engine); /* 0 between steps */
 const char *choir_engine_path(const choir_engine *engine);
 /* XXH3 over all tensors' bytes as the file has them: changes whenever the weights do. */

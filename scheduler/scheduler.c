@@ -84,6 +84,13 @@ static choir_status make_tables(choir_scheduler *s)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the scheduler");
     CHOIR_TRY(kv_pages_create(s->engine.n_pages, s->engine.zero_page, s->engine.engine, &s->pages));
     kv_share_begin(s);
+    if (s->engine.expert_stats != NULL) {
+        s->published_heat =
+            choir_calloc(CHOIR_MEM_OTHER, (size_t)s->engine.n_layers * s->engine.n_experts,
+                         sizeof *s->published_heat);
+        if (s->published_heat == NULL)
+            return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the experts' heat");
+    }
     if (!s->options.prefix_cache) return CHOIR_OK;
     return prefix_cache_create(&s->pages, s->engine.page_tokens, &s->prefix);
 }
@@ -144,6 +151,7 @@ void choir_scheduler_destroy(choir_scheduler *s)
     }
     prefix_cache_destroy(s->prefix);
     kv_pages_destroy(&s->pages);
+    choir_free(s->published_heat);
     choir_free(s->live);
     choir_free(s->order);
     choir_free(s->spans);
@@ -275,6 +283,16 @@ bool choir_scheduler_tick(choir_scheduler *s)
 {
     CHOIR_ASSERT(!s->threaded);
     return scheduler_tick(s);
+}
+
+size_t choir_scheduler_get_expert_heat(choir_scheduler *s, float *out)
+{
+    size_t n = s->published_heat == NULL ? 0 : (size_t)s->engine.n_layers * s->engine.n_experts;
+    if (n == 0 || out == NULL) return n;
+    pthread_mutex_lock(&s->lock);
+    memcpy(out, s->published_heat, n * sizeof *out);
+    pthread_mutex_unlock(&s->lock);
+    return n;
 }
 
 void choir_scheduler_get_stats(choir_scheduler *s, choir_scheduler_stats *out)

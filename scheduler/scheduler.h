@@ -40,6 +40,9 @@ typedef struct choir_step_engine {
     choir_status (*step)(void *engine, choir_span *spans, uint32_t n_spans);
     void (*copy_page)(void *engine, uint32_t from, uint32_t to);
     void (*zero_page)(void *engine, uint32_t page);
+    choir_experts_stats (*expert_stats)(void *engine); /* NULL: none are streamed */
+    float (*expert_heat)(void *engine, uint32_t layer, uint32_t expert);
+    uint32_t n_experts;
     /* NULL, or KV pages share memory with streamed experts: so many may be in use, at least kv_floor; what a
      * page holds is not needed any more */
     void (*set_pages)(void *engine, uint32_t n);
@@ -150,8 +153,12 @@ typedef struct choir_scheduler_stats {
     uint64_t n_late; /* spans that were sent back to wait for an expert */
     uint64_t n_accepted, n_refused, n_done, n_cancelled, n_expired, n_failed, n_preempted;
     uint64_t last_step_ns, step_ns_total, rows_total; /* rows_total / n_steps: mean batch */
+    choir_experts_stats experts; /* as of the last step */
     bool healthy;                                     /* forward progress, or nothing to do */
 } choir_scheduler_stats;
+/* Uses of streamed experts, aged, as of some steps ago: [n_layers, n_experts]; NULL to ask for the length;
+ * 0: none are streamed. */
+size_t choir_scheduler_get_expert_heat(choir_scheduler *scheduler, float *out);
 void choir_scheduler_get_stats(choir_scheduler *scheduler, choir_scheduler_stats *out);
 
 /* Refuses new requests (CHOIR_E_UNAVAILABLE); running ones go on. True once nothing is left. */

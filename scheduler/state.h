@@ -106,6 +106,7 @@ struct choir_scheduler {
     uint32_t n_not_admitted, n_held_samples;
     uint64_t published_request_ns; /* mean time of a request */
     choir_scheduler_stats published;
+    float *published_heat;          /* [n_layers, n_experts], or NULL */
     uint64_t next_number;
 
     _Atomic uint64_t

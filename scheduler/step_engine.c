@@ -15,10 +15,17 @@ static void zero_page(void *engine, uint32_t page) { choir_engine_zero_page(engi
 static void set_pages(void *engine, uint32_t n) { choir_engine_set_kv_pages(engine, n); }
 static void forget_page(void *engine, uint32_t page) { choir_engine_forget_page(engine, page); }
 
+static choir_experts_stats expert_stats(void *engine) { return choir_engine_expert_stats(engine); }
+static float expert_heat(void *engine, uint32_t layer, uint32_t expert)
+{
+    return choir_engine_expert_heat(engine, layer, expert);
+}
+
 choir_step_engine choir_step_engine_of(choir_engine *engine)
 {
     const choir_model_config *c = choir_engine_config(engine);
     uint64_t n_pages = choir_engine_n_pages(engine);
+    bool streamed = choir_engine_expert_stats(engine).streamed;
     bool shared = choir_engine_kv_floor(engine) < n_pages;
     return (choir_step_engine){
         .engine = engine,
@@ -27,6 +34,9 @@ choir_step_engine choir_step_engine_of(choir_engine *engine)
         .zero_page = zero_page,
         .set_pages = shared ? set_pages : NULL,
         .forget_page = forget_page,
+        .expert_stats = streamed ? expert_stats : NULL,
+        .expert_heat = expert_heat,
+        .n_experts = c->n_experts,
         .kv_floor = choir_engine_kv_floor(engine),
         .n_pages = (uint32_t)n_pages,
         .page_tokens = CHOIR_PAGE_TOKENS,

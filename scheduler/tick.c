@@ -368,6 +368,19 @@ static void free_ended(choir_scheduler *s)
     }
 }
 
+enum { HEAT_TICKS = 4 }; /* the heat is copied every so many */
+
+static void publish_heat(choir_scheduler *s)
+{
+    const choir_step_engine *e = &s->engine;
+    if (s->published_heat == NULL || s->stats.n_steps % HEAT_TICKS != 1 % HEAT_TICKS) return;
+    pthread_mutex_lock(&s->lock);
+    for (uint32_t l = 0; l < e->n_layers; l++)
+        for (uint32_t x = 0; x < e->n_experts; x++)
+            s->published_heat[(size_t)l * e->n_experts + x] = e->expert_heat(e->engine, l, x);
+    pthread_mutex_unlock(&s->lock);
+}
+
 static void publish(choir_scheduler *s, bool worked)
 {
     choir_scheduler_stats *t = &s->stats;
@@ -380,6 +393,8 @@ static void publish(choir_scheduler *s, bool worked)
     t->n_pages = s->pages.n;
     t->n_pages_free = s->pages.n_free;
     t->n_pages_cached = s->pages.n_idle;
+    if (s->engine.expert_stats != NULL) t->experts = s->engine.expert_stats(s->engine.engine);
+    publish_heat(s);
     if (worked || !runnable)
         atomic_store_explicit(&s->last_progress_ns, choir_clock_now(), memory_order_release);
     atomic_store_explicit(&s->busy, runnable, memory_order_release);

@@ -226,11 +226,79 @@ static void prepare_list_models(choir_call *call)
 
 /* --- GetStats */
 
-static void fill_stats(const choir_server_model *model, Choir__V1__ModelStats *to)
+static double ratio(uint64_t part, uint64_t whole)
+{
+    return whole > 0 ? (double)part / (double)whole : 0;
+}
+
+static void fill_experts(const choir_scheduler_stats *s, Choir__V1__ExpertStats *to)
+{
+    const choir_experts_stats *x = &s->experts;
+    uint64_t wanted = x->n_hits + x->n_late_hits + x->n_misses;
+    choir__v1__expert_stats__init(to);
+    to->io = (char *)x->io;
+    to->policy = (char *)x->policy;
+    to->experts = x->n_experts;
+    to->slots = x->n_slots;
+    to->slots_used = x->n_slots_used;
+    to->budget_bytes = x->budget_bytes;
+    to->held_bytes = x->held_bytes;
+    to->hits = x->n_hits;
+    to->late_hits = x->n_late_hits;
+    to->misses = x->n_misses;
+    to->hit_rate = ratio(x->n_hits, wanted);
+    to->reads = x->n_reads;
+    to->bytes_read = x->bytes_read;
+    to->bandwidth = ratio(x->bytes_read, x->busy_ns) * 1e9;
+    to->read_p50_ms = 1e3 * choir_experts_latency(x, 0.5);
+    to->read_p99_ms = 1e3 * choir_experts_latency(x, 0.99);
+    to->stall_ms_per_token = ratio(x->stall_ns, s->rows_total) / 1e6;
+    to->retries = x->n_retries;
+    to->damaged = x->n_damaged;
+    to->failed = x->n_failed;
+    to->prefetched = x->n_prefetched;
+    to->prefetch_used = x->n_prefetch_used;
+    to->prediction_recall = ratio(x->n_predicted_right, x->n_predicted);
+    to->prefetch_precision = ratio(x->n_prefetch_used, x->n_prefetch_used + x->n_prefetch_wasted);
+    to->prefetching = x->prefetching;
+}
+
+/* A model's heat, layer by layer; NULL: it streams none, or memory lacks. One block, for choir_free(). */
+static void *fill_heat(const choir_server_model *model, Choir__V1__ExpertStats *to)
+{
+    size_t n = choir_scheduler_get_expert_heat(model->scheduler, NULL);
+    uint32_t n_layers = n > 0 ? model->config->n_layers : 0;
+    if (n == 0) return NULL;
+    size_t heads = n_layers * (sizeof(Choir__V1__LayerHeat) + sizeof(Choir__V1__LayerHeat *));
+    char *block = choir_alloc(CHOIR_MEM_SERVER, heads + n * sizeof(float));
+    if (block == NULL) return NULL;
+    Choir__V1__LayerHeat *layers = (Choir__V1__LayerHeat *)block;
+    Choir__V1__LayerHeat **list = (Choir__V1__LayerHeat **)(layers + n_layers);
+    float *heat = (float *)(list + n_layers);
+    choir_scheduler_get_expert_heat(model->scheduler, heat);
+    for (uint32_t l = 0; l < n_layers; l++) {
+        list[l] = &layers[l];
+        choir__v1__layer_heat__init(&layers[l]);
+        layers[l].layer = l;
+        layers[l].n_experts = n / n_layers;
+        layers[l].experts = heat + l * (n / n_layers);
+    }
+    to->n_heat = n_layers;
+    to->heat = list;
+    return block;
+}
+
+static void fill_stats(const choir_server_model *model, Choir__V1__ModelStats *to,
+                       Choir__V1__ExpertStats *experts)
 {
     choir_scheduler_stats s;
     choir_scheduler_get_stats(model->scheduler, &s);
     choir__v1__model_stats__init(to);
+    to->late = s.n_late;
+    if (s.experts.streamed) {
+        fill_experts(&s, experts);
+        to->experts = experts;
+    }
     to->model = (char *)model->name;
     to->healthy = s.healthy;
     to->running = s.n_running;
@@ -280,18 +348,22 @@ static void fill_server_stats(choir_server *s, Choir__V1__ServerStats *to)
     to->resident_bytes = resident_bytes();
 }
 
-static void reply_stats(choir_call *call, const choir_server_model *only)
+static void reply_stats(choir_call *call, const choir_server_model *only, bool want_heat)
 {
     choir_server *s = call->server;
     Choir__V1__GetStatsResponse response = CHOIR__V1__GET_STATS_RESPONSE__INIT;
     Choir__V1__ServerStats server;
     Choir__V1__ModelStats models[CHOIR_SERVER_MAX_MODELS], *list[CHOIR_SERVER_MAX_MODELS];
+    Choir__V1__ExpertStats experts[CHOIR_SERVER_MAX_MODELS];
+    void *heat[CHOIR_SERVER_MAX_MODELS] = {NULL};
     Choir__V1__MemoryUse memory[CHOIR_MEM_N_TAGS], *memory_list[CHOIR_MEM_N_TAGS];
     fill_server_stats(s, &server);
     for (uint32_t i = 0; i < s->n_models; i++) {
         if (only != NULL && only != &s->models[i]) continue;
         list[response.n_models] = &models[response.n_models];
-        fill_stats(&s->models[i], &models[response.n_models++]);
+        fill_stats(&s->models[i], &models[response.n_models++], &experts[i]);
+        if (want_heat && list[response.n_models - 1]->experts != NULL)
+            heat[i] = fill_heat(&s->models[i], &experts[i]);
     }
     for (int i = 0; i < CHOIR_MEM_N_TAGS; i++) {
         memory_list[i] = &memory[i];
@@ -304,6 +376,7 @@ static void reply_stats(choir_call *call, const choir_server_model *only)
     response.models = list;
     response.server = &server;
     reply(call, choir_message_pack(&response.base));
+    for (uint32_t i = 0; i < s->n_models; i++) choir_free(heat[i]);
 }
 
 static void prepare_get_stats(choir_call *call)
@@ -311,11 +384,12 @@ static void prepare_get_stats(choir_call *call)
     Choir__V1__GetStatsRequest *request = NULL;
     const choir_server_model *only = NULL;
     choir_status status = read_request(call, &choir__v1__get_stats_request__descriptor, &request);
+    bool want_heat = status == CHOIR_OK && request->expert_heat;
     if (status == CHOIR_OK && request->model[0] != '\0')
         status = choir_server_find_model(call->server, request->model, &only);
     choir_message_free((ProtobufCMessage *)request);
     if (status == CHOIR_OK)
-        reply_stats(call, only);
+        reply_stats(call, only, want_heat);
     else
         choir_call_fail(call, status);
 }

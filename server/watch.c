@@ -93,7 +93,7 @@ static void advance(watch *w)
 static void probe(watch *w)
 {
     choir_server *s = w->server;
-    bool healthy[CHOIR_SERVER_MAX_MODELS], all = true;
+    bool healthy[CHOIR_SERVER_MAX_MODELS] = {false}, all = true;
     for (uint32_t i = 0; i < s->n_models; i++) {
         choir_scheduler_stats stats;
         choir_scheduler_get_stats(s->models[i].scheduler, &stats);
