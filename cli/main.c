@@ -93,6 +93,7 @@ static const choir_verb *find_verb(const char *name)
 
 int main(int argc, char **argv)
 {
+    signal(SIGXFSZ, SIG_IGN); /* a limit on files is an error like a full disk */
     setlocale(LC_CTYPE, "");
     if (argc < 2) {
         print_usage(stderr);

@@ -48,9 +48,7 @@ static choir_status weigh(const choir_engine *e, const choir_model_file *file, u
             for (uint32_t i = 0; i < choir_role_count(c, role); i++) {
                 choir_matrix m;
                 CHOIR_TRY(choir_model_file_plan(file, role, l, i, &m));
-                bool exact = choir_role_is_vector(role) || role == CHOIR_ROLE_ROUTER;
-                size_t bytes = exact ? (size_t)m.rows * m.cols * sizeof(float) : m.bytes;
-                *(is_routed(role) ? experts : dense) += round_up_64(bytes);
+                *(is_routed(role) ? experts : dense) += round_up_64(m.bytes);
             }
         }
     return CHOIR_OK;

@@ -772,6 +772,12 @@ choir_status choir_model_file_plan(const choir_model_file *f, choir_role role, u
     }
     CHOIR_TRY(choir_model_file_slice(f, role, layer, index, &slice));
     choir_slice_is_tensor(&slice, &t); /* its shape, wherever it lies */
+    if (choir_role_is_vector(role) || role == CHOIR_ROLE_ROUTER) {
+        const choir_tensor f32 = {CHOIR_F32, t.rows, t.cols, NULL,
+                                  (size_t)t.rows * t.cols * sizeof(float)};
+        *out = choir_matrix_exact(&f32);
+        return CHOIR_OK;
+    }
     CHOIR_TRY(choir_matrix_plan(&t, out));
     out->data = NULL;
     return CHOIR_OK;

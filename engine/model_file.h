@@ -158,7 +158,7 @@ bool choir_model_file_locate(const choir_model_file *file, const void *data, uin
 bool choir_model_file_has_text(const choir_model_file *file, const char *name);
 choir_status choir_model_file_text(const choir_model_file *file, const char *name, size_t max_bytes,
                                    char **out, size_t *bytes) CHOIR_MUST_USE;
-/* A role's matrix as the kernels will have it (data NULL): its bytes in memory. */
+/* A role's matrix as the kernels will have it (data NULL), vectors and gates as f32: its bytes in memory. */
 choir_status choir_model_file_plan(const choir_model_file *file, choir_role role, uint32_t layer,
                                    uint32_t index, choir_matrix *out) CHOIR_MUST_USE;
 

@@ -20,8 +20,8 @@ import unittest
 import tiny_model
 
 CHOIR = str(pathlib.Path(sys.argv[1]).resolve())
-VERBS = "serve chat generate logits tokenize detokenize perplexity info bench upcycle".split()
-LATER = "pack quantize convert merge prune adapter router data tune eval monitor".split()
+VERBS = "serve chat generate logits tokenize detokenize perplexity info bench pack upcycle".split()
+LATER = "quantize convert merge prune adapter router data tune eval monitor".split()
 
 
 def choir(*words, **options):
@@ -58,6 +58,106 @@ class Case(unittest.TestCase):
         self.assertRegex(lines[0], says)
         self.assertNotRegex(done.stderr, "ERROR: (Address|Leak)Sanitizer")
         return done
+
+
+class Packs(Case):
+    def logits(self, model, *more):
+        out = self.folder / "logits.bin"
+        self.ok("logits", model, "--tokens", "5,7,9,11,40,41", "--out", out, *more)
+        return out.read_bytes()
+
+    def test_same_bits(self):
+        wanted, exact = self.logits(self.moe), self.logits(self.moe, "--exact")
+        pack = self.folder / "moe.choir"
+        self.assertEqual(self.ok("pack", self.moe, "-o", pack).strip(), str(pack))
+        self.assertEqual(self.logits(pack), wanted)
+        self.assertEqual(self.logits(pack, "--exact"), exact)
+        for io in ("auto", "io_uring-plain", "pread"):
+            for policy in ("lru", "lfu", "router"):
+                more = ["--expert-io", io, "--expert-policy", policy, "--expert-memory"]
+                self.assertEqual(self.logits(pack, *more, "50KiB"), wanted)
+                self.assertEqual(self.logits(self.moe, *more, "200KiB"), wanted)
+        about = json.loads(self.ok("info", pack, "--json"))
+        folder = json.loads(self.ok("info", self.moe, "--json"))
+        self.assertEqual(about.pop("format"), "pack")
+        for key in ("format", "bytes_on_disk"):
+            about.pop(key, None), folder.pop(key, None)
+        self.assertEqual(about, folder)
+        again = self.folder / "again.choir"
+        self.ok("pack", self.moe, "-o", again, "--threads", 3)
+        self.assertEqual(pack.read_bytes(), again.read_bytes())
+
+    def test_quantised(self):
+        sizes = {}
+        for quant in ("q4_0", "q8_0", "bf16"):
+            pack = self.folder / f"{quant}.choir"
+            self.ok("pack", self.dense, "-o", pack, "--quant", quant)
+            sizes[quant] = json.loads(self.ok("info", pack, "--json"))["bytes_dense"]
+            self.logits(pack)
+        self.assertLess(sizes["q4_0"], sizes["q8_0"])
+        self.assertLess(sizes["q8_0"], sizes["bf16"])
+
+    def test_bad_arguments(self):
+        pack = self.folder / "x.choir"
+        self.fails(2, "-o F.choir is missing", "pack", self.moe)
+        self.fails(2, "must end in .choir", "pack", self.moe, "-o", self.folder / "x.gguf")
+        self.fails(2, "must be q4_0, q8_0 or bf16", "pack", self.moe, "-o", pack, "--quant", "q3")
+        self.fails(1, "cannot write /nowhere/x.choir.partial", "pack", self.moe, "-o", "/nowhere/x.choir")
+        self.ok("pack", self.moe, "-o", pack)
+        self.fails(1, "is packed already", "pack", pack, "-o", self.folder / "y.choir")
+        self.fails(1, "must be auto, io_uring", "logits", pack, "--tokens", "1", "--expert-io", "floppy")
+        self.fails(1, "must be lru", "logits", pack, "--tokens", "1", "--expert-policy", "fifo")
+        self.fails(1, "the least to stream with", "logits", pack, "--tokens", "1", "--expert-memory", "1K")
+        self.fails(1, r"too little for .*x.choir", "logits", pack, "--tokens", "1", "--memory", "1MiB")
+
+    def test_damage(self):
+        pack, bad = self.folder / "good.choir", self.folder / "bad.choir"
+        self.ok("pack", self.moe, "-o", pack)
+        good = pack.read_bytes()
+        run = ["logits", bad, "--tokens", "5,7,9,11"]
+        for at in (*range(0, 4096, 97), *range(4096, len(good), len(good) // 60)):
+            data = bytearray(good)
+            data[at] ^= 16
+            bad.write_bytes(data)
+            resident = choir(*run)
+            self.assertIn(resident.returncode, (0, 1), resident.stderr)  # padding between tensors may change
+            streamed = choir(*run, "--expert-memory", "50KiB", "--expert-io", "pread")
+            self.assertIn(streamed.returncode, (0, 1), streamed.stderr)
+        for size in (0, 7, 100, 4095, 4096, len(good) // 2, len(good) - 4096, len(good) - 1):
+            bad.write_bytes(good[:size])
+            self.fails(1, "truncated|not a .choir|GGUF|ends", *run)
+        data = bytearray(good)
+        data[-4096 + 100] ^= 1  # the last expert
+        bad.write_bytes(data)
+        self.fails(1, "checksum", *run)
+
+    def test_kill(self):
+        """After kill -9 at any time there is either no file or a whole one; the next call finishes."""
+        pack, wanted = self.folder / "killed.choir", self.folder / "whole.choir"
+        self.ok("pack", self.moe, "-o", wanted)
+        for i in range(25):
+            process = subprocess.Popen([CHOIR, "pack", str(self.moe), "-o", str(pack)], stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            time.sleep(i * 0.002)
+            process.kill()
+            process.wait()
+            if pack.exists():
+                self.assertEqual(pack.read_bytes(), wanted.read_bytes())
+                pack.unlink()
+            partial = pathlib.Path(f"{pack}.partial")
+            if partial.exists() and partial.read_bytes() != wanted.read_bytes():  # else it lacks its name alone
+                self.assertEqual(choir("info", partial).returncode, 1)
+        self.ok("pack", self.moe, "-o", pack)
+        self.assertEqual(pack.read_bytes(), wanted.read_bytes())
+        self.assertFalse(pathlib.Path(f"{pack}.partial").exists())
+
+    def test_no_space(self):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        pack = self.folder / "full.choir"
+        self.fails(1, "cannot write .*full.choir.partial: File too large", "pack", self.moe, "-o", pack, preexec_fn=limit)
+        self.assertFalse(pack.exists())
+        self.ok("pack", self.moe, "-o", pack)
 
 
 class Usage(Case):
@@ -294,12 +394,12 @@ class Serve(Case):
 
     def test_a_life(self):
         config = self.folder / "serve.json"
-        config.write_text('{"max-num-seqs": 4, "memory": "256MiB", "api-key": ["secret-1"]}')
+        config.write_text('{"max-num-seqs": 4, "memory": "2GiB", "api-key": ["secret-1"]}')
         server = self.start(self.dense, self.moe, "--config", config, "--max-num-seqs", 8, "--served-model-name", "a",
                             "--override-generation-config", '{"temperature": 0}')
         said = self.said()
         self.assertIn("max-num-seqs = 8 (command line)", said)
-        self.assertIn("memory = 256MiB (config file)", said)
+        self.assertIn("memory = 2GiB (config file)", said)
         self.assertNotIn("secret-1", said)
         self.assertIn(f"listening on {self.address}", said)
         key = ["--server", self.address, "--api-key", "secret-1"]
@@ -323,6 +423,23 @@ class Serve(Case):
         server.send_signal(signal.SIGTERM)
         self.assertEqual(server.wait(60), 0)
         self.fails(1, "[Cc]onnect|answers", "generate", "moe", *words, *key)
+
+    def test_streamed_experts(self):
+        pack = self.folder / "streamed.choir"
+        self.ok("pack", self.moe, "-o", pack)
+        server = self.start(pack, "--api-key", "secret-1", "--expert-memory", "64KiB", "--expert-io", "pread")
+        self.assertIn("streamed by pread", self.said())
+        key = ["--server", self.address, "--api-key", "secret-1"]
+        words = ["-p", "hello", "-n", 8, "--temperature", 0, "--json"]
+        here = json.loads(self.ok("generate", self.moe, *words))
+        there = json.loads(self.ok("generate", "streamed", *words, *key))
+        self.assertEqual(here["token_ids"], there["token_ids"])
+        streamed = json.loads(self.ok("info", "--json", *key))["models"][0]["streamed"]
+        self.assertEqual((streamed["io"], streamed["experts"]), ("pread", 8))
+        self.assertGreater(streamed["bytes_read"], 0)
+        self.assertIn("experts are streamed by pread", self.ok("info", *key))
+        server.send_signal(signal.SIGTERM)
+        self.assertEqual(server.wait(60), 0)
 
     def test_a_second_signal_stops_at_once(self):
         server = self.start(self.dense, "--shutdown-timeout", 600)
