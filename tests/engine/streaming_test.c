@@ -4,6 +4,7 @@
 #include "tune/tune.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -145,8 +146,172 @@ static void test_streamed_is_resident(void **state)
     assert_true(n_tried > 60);
 }
 
+/* The pool's disk, but for what the test forbids. */
+typedef struct bad_disk {
+    choir_disk disk;
+    choir_disk *real;
+    bool all_fail;
+    uint32_t n_failing;
+    choir_read_done failed[64];
+} bad_disk;
+
+static uint32_t bad_submit(choir_disk *disk, const choir_read *reads, uint32_t n)
+{
+    bad_disk *b = (bad_disk *)disk;
+    if (!b->all_fail) return b->real->submit(b->real, reads, n);
+    uint32_t taken = 0;
+    for (; taken < n && b->n_failing < 64; taken++)
+        b->failed[b->n_failing++] = (choir_read_done){reads[taken].tag, EIO};
+    return taken;
+}
+
+static uint32_t bad_reap(choir_disk *disk, choir_read_done *done, uint32_t max, uint64_t wait_ns)
+{
+    bad_disk *b = (bad_disk *)disk;
+    uint32_t n = 0;
+    while (n < max && b->n_failing > 0) done[n++] = b->failed[--b->n_failing];
+    return n > 0 ? n : b->real->reap(b->real, done, max, wait_ns);
+}
+
+static void bad_use_memory(choir_disk *disk, void *data, size_t bytes, bool in_use)
+{
+    (void)disk, (void)data, (void)bytes, (void)in_use;
+}
+
+static void bad_use_file(choir_disk *disk, int fd)
+{
+    (void)disk, (void)fd;
+}
+
+static void bad_close(choir_disk *disk)
+{
+    bad_disk *b = (bad_disk *)disk;
+    b->real->close(b->real);
+}
+
+static choir_status step_one(choir_engine *engine, uint32_t token, uint32_t position)
+{
+    uint32_t pages[] = {0, 1};
+    float *logits = calloc(choir_engine_config(engine)->vocab, sizeof *logits);
+    choir_span span = {.tokens = &token,
+                       .n_tokens = 1,
+                       .position = position,
+                       .pages = pages,
+                       .n_pages = 2,
+                       .n_logits = 1,
+                       .logits = logits};
+    assert_int_equal(choir_engine_step(engine, &span, 1), CHOIR_OK);
+    assert_int_equal(choir_engine_n_experts_pinned(engine), 0);
+    choir_status status = choir_span_failure(&span);
+    assert_int_equal(status, span.status);
+    if (status != CHOIR_OK) {
+        assert_true(span.missing_expert >= 0 && span.missing_layer >= 0);
+        assert_non_null(strstr(choir_error_message(), "cannot be read from disk"));
+    }
+    free(logits);
+    return status;
+}
+
+/* FAULTS 1: who needs an expert that cannot be read learns which; the engine lives, and who needs none of
+ * them goes on. */
+static void test_unreadable_experts(void **state)
+{
+    (void)state;
+    bad_disk bad = {.disk = {"bad", bad_submit, bad_reap, bad_use_memory, bad_use_file, bad_close}};
+    assert_int_equal(choir_disk_open(CHOIR_IO_PREAD, 8, &bad.real), CHOIR_OK);
+    choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
+    o.n_threads = 2;
+    o.expert_bytes = (uint64_t)64 << 20;
+    o.no_prefetch = true;
+    o.disk = &bad.disk;
+    choir_engine *engine;
+    assert_int_equal(choir_engine_open(MODELS "/mixtral", &o, &engine), CHOIR_OK);
+    assert_int_equal(step_one(engine, 7, 0), CHOIR_OK);
+    bad.all_fail = true;
+    assert_int_equal(step_one(engine, 7, 0), CHOIR_OK); /* its experts are in memory */
+    uint32_t n_lost = 0;
+    for (uint32_t t = 0; t < 30; t++) n_lost += step_one(engine, t, 0) == CHOIR_E_DATA_LOSS;
+    assert_in_range(n_lost, 1, 29);
+    assert_true(choir_engine_expert_stats(engine).n_failed > 0);
+    assert_int_equal(step_one(engine, 7, 0), CHOIR_OK);
+    choir_engine_close(engine);
+}
+
+/* FAULTS 6: a file that is cut under the server kills nobody. */
+static void test_truncated_file(void **state)
+{
+    (void)state;
+    char pack[64];
+    make_pack(MODELS "/mixtral", pack, sizeof pack);
+    const case_ c = {2, 2, CHOIR_IO_AUTO, false};
+    choir_engine *engine = open_engine(pack, &c, true);
+    assert_int_equal(step_one(engine, 7, 0), CHOIR_OK);
+    assert_int_equal(truncate(pack, 4096), 0);
+    uint32_t n_lost = 0;
+    for (uint32_t t = 0; t < 10; t++) n_lost += step_one(engine, t, 0) == CHOIR_E_DATA_LOSS;
+    assert_true(n_lost > 0);
+    choir_engine_close(engine);
+    unlink(pack);
+}
+
+static void open_without_memory(const char *path, choir_io io)
+{
+    for (uint64_t i = 1;; i++) {
+        choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
+        choir_engine *engine = NULL;
+        o.n_threads = 1;
+        o.max_rows = 16;
+        o.max_spans = 4;
+        o.expert_bytes = (uint64_t)64 << 20;
+        o.io = io;
+        choir_memory_fail_at(i);
+        choir_status status = choir_engine_open(path, &o, &engine);
+        choir_memory_fail_at(0);
+        if (status == CHOIR_OK) {
+            choir_engine_close(engine);
+            assert_true(i > 20);
+            return;
+        }
+        assert_int_equal(status, CHOIR_E_NO_MEMORY);
+    }
+}
+
+/* FAULTS 29, and a warm step of a pack takes no memory. */
+static void test_memory(void **state)
+{
+    (void)state;
+    char pack[64];
+    make_pack(MODELS "/mixtral", pack, sizeof pack);
+    open_without_memory(pack, CHOIR_IO_PREAD);
+    open_without_memory(pack, CHOIR_IO_URING_PLAIN);
+    open_without_memory(MODELS "/gpt_oss_mxfp4", CHOIR_IO_PREAD);
+    const case_ c = {2, 2, CHOIR_IO_AUTO, false};
+    choir_engine *engine = open_engine(pack, &c, true);
+    free(run(engine));
+    uint64_t before = choir_memory_n_allocs();
+    free(run(engine));
+    assert_int_equal(choir_memory_n_allocs(), before);
+    choir_engine_close(engine);
+    for (uint64_t i = 1; i < 200; i++) { /* packing, too */
+        const choir_pack_options o = {
+            .model = MODELS "/mixtral", .out = pack, .quant = CHOIR_N_DTYPES, .n_threads = 1};
+        choir_memory_fail_at(i);
+        choir_status status = choir_pack_write(&o);
+        choir_memory_fail_at(0);
+        if (status != CHOIR_OK) assert_int_equal(status, CHOIR_E_NO_MEMORY);
+    }
+    unlink(pack);
+    strcat(pack, ".partial");
+    unlink(pack);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_streamed_is_resident)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_streamed_is_resident),
+        cmocka_unit_test(test_unreadable_experts),
+        cmocka_unit_test(test_truncated_file),
+        cmocka_unit_test(test_memory),
+    };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
