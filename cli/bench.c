@@ -95,8 +95,10 @@ static choir_status open_bench(const values *v, const char *model, uint32_t larg
 {
     choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
     CHOIR_TRY(choir_cli_engine_options(&v->engine, &o));
-    o.max_rows = STEP_ROWS;
-    o.max_spans = MAX_BATCH;
+    /* Rows that are never used would take memory from experts. */
+    o.max_rows = v->prompt < STEP_ROWS ? (uint32_t)v->prompt : STEP_ROWS;
+    if (o.max_rows < largest) o.max_rows = largest;
+    o.max_spans = largest;
     b->prompt = (uint32_t)v->prompt;
     b->generate = (uint32_t)v->generate;
     uint32_t total = b->prompt + b->generate;
