@@ -40,7 +40,7 @@ typedef struct choir_experts_options {
     void *user;
 } choir_experts_options;
 #define CHOIR_EXPERTS_OPTIONS_DEFAULT                                                              \
-    ((choir_experts_options){.queue_depth = 8,                                                     \
+    ((choir_experts_options){.queue_depth = 16,                                                    \
                              .policy = CHOIR_POLICY_DEFAULT,                                       \
                              .stall_ns = CHOIR_SECOND,                                             \
                              .quarantine_ns = 30 * CHOIR_SECOND})
