@@ -73,6 +73,15 @@ static void route(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_worke
     for (uint64_t i = begin; i < end; i++) record_routes(e, l, i);
 }
 
+/* Whether a row counts whose answer is not void already that goes to the expert. */
+static bool is_wanted(const step *s, uint32_t expert)
+{
+    const choir_plan *p = s->plan;
+    for (uint32_t slot = p->first[expert]; slot < p->first[expert + 1]; slot++)
+        if (s->spans[s->rows[p->slots[slot] / p->k].span].status == CHOIR_OK) return true;
+    return false;
+}
+
 static uint32_t n_slots_of(const choir_plan *plan, uint32_t expert)
 {
     return plan->first[expert + 1] - plan->first[expert];
@@ -115,8 +124,9 @@ static void open_experts(choir_engine *e, uint32_t l)
     for (uint32_t x = 0; x < e->config.n_experts; x++) {
         uint32_t n = n_slots_of(s->plan, x);
         s->pinned[x] = NULL;
-        s->computed[x] = false;
-        if (n == 0) continue;
+        s->computed[x] = s->wanted[x] = false;
+        if (n == 0 || !is_wanted(s, x)) continue;
+        s->wanted[x] = true;
         s->uses[n_uses++] = (choir_expert_use){x, n, weight_of(s->plan, x)};
         s->q8_in_at[x] = in_at;
         s->q8_ffn_at[x] = ffn_at;
@@ -236,7 +246,7 @@ static void quantize_inputs(choir_engine *e, uint32_t worker, uint32_t n_workers
     if (e->options.exact) return;
     choir_share((uint64_t)s->n_rows * s->plan->k, 1, worker, n_workers, &begin, &end);
     for (uint32_t x = 0; x < e->config.n_experts; x++)
-        quantize_slots(e, &r, x, s->plan->first[x], begin, end);
+        if (s->wanted[x]) quantize_slots(e, &r, x, s->plan->first[x], begin, end);
 }
 
 /* The worker's share of the wave's slots. */

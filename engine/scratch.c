@@ -98,6 +98,7 @@ static void carve_slots(choir_engine *e, carver *c)
     s->q8_ffn_at = carve(c, n_experts, sizeof *s->q8_ffn_at);
     s->pinned = carve(c, n_experts, sizeof *s->pinned);
     s->computed = carve(c, n_experts, sizeof *s->computed);
+    s->wanted = carve(c, n_experts, sizeof *s->wanted);
     s->uses = carve(c, n_experts, sizeof *s->uses);
     s->missing = carve(c, n_experts, sizeof *s->missing);
     s->wave = carve(c, n_experts, sizeof *s->wave);

@@ -88,7 +88,7 @@ typedef struct step {
     size_t *q8_in_at, *q8_ffn_at; /* [n_experts] where an expert's area begins in q8_h, q8_ffn */
     size_t q8_h_bytes, q8_ffn_bytes;
     const choir_expert **pinned; /* [n_experts] of the current layer; NULL: not in reach */
-    bool *computed;              /* [n_experts] its slots' outputs are there */
+    bool *computed, *wanted;     /* [n_experts] its slots' outputs are there; are asked for */
     choir_expert_use *uses;      /* [n_experts] what the layer wants of the store */
     choir_expert_missing *missing; /* [n_experts] */
     uint16_t *wave, *arrived;    /* [n_experts] experts that compute now; those to be checked before */

@@ -25,13 +25,12 @@ static void load_cold(choir_experts *store)
         wanted *w = &store->wanted[i];
         entry *e = entry_at(store, store->layer, w->expert);
         if (w->state != WANT_COLD || in_quarantine(e)) continue;
-        if (!load_can_begin(store, e)) break;
+        if (!load_can_begin(store, e) && !slots_free_staging(store)) break;
         slot *s = slots_take_free(store);
         while (s == NULL) {
             if (!looked) n_victims = slots_find_victims(store);
             looked = true;
-            if (at == n_victims) return;
-            slot_evict(store, &store->slots[store->victims[at++].slot]);
+            if (!slots_evict_next(store, &at, n_victims)) return;
             s = slots_take_free(store);
             if (s == NULL && store->n_slabs_held > store->n_slabs_allowed) slots_shrink(store);
         }
@@ -114,11 +113,14 @@ uint32_t choir_experts_collect(choir_experts *store, bool wait, uint16_t *ids)
             loads_send(store);
         }
         n = give(store, ids);
-        if (n > 0 || !wait || !may_come(store)) break;
+        if (n > 0 || !wait || store->stalled || !may_come(store)) break;
         uint64_t now = choir_clock_now();
         if (began == 0) began = now;
         uint64_t patience = store->progress_ns + store->options.stall_ns;
-        if (now >= patience) break;
+        if (now >= patience) {
+            store->stalled = true;
+            break;
+        }
         loads_reap(store, patience - now);
     }
     if (began != 0) store->stats.stall_ns += choir_clock_now() - began;

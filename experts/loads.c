@@ -20,6 +20,13 @@ bool load_can_begin(const choir_experts *store, const entry *e)
     return false;
 }
 
+bool loads_spare_staging(const choir_experts *store)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < store->n_stagings; i++) n += !store->stagings[i].taken;
+    return 2 * n > store->n_stagings;
+}
+
 static int32_t take_staging(choir_experts *store)
 {
     for (uint32_t i = 0; i < store->n_stagings; i++)
@@ -110,7 +117,8 @@ void loads_send(choir_experts *store)
         choir_read reads[CHOIR_EXPERT_EXTENTS];
         for (uint32_t i = 0; i < n; i++) reads[i] = read_of(store, s, s->n_extents_sent + i);
         uint32_t taken = store->disk->submit(store->disk, reads, n);
-        if (store->n_reads_in_flight == 0 && taken > 0) store->busy_since = store->progress_ns = now;
+        if (store->n_reads_in_flight == 0 && taken > 0) store->busy_since = now;
+        if (taken > 0) store->progress_ns = now;
         store->n_reads_in_flight += taken;
         store->stats.n_reads += taken;
         s->n_extents_sent += (uint8_t)taken;
@@ -170,6 +178,7 @@ void loads_reap(choir_experts *store, uint64_t wait_ns)
     if (n == 0) return;
     uint64_t now = choir_clock_now();
     store->progress_ns = now;
+    store->stalled = false;
     store->n_reads_in_flight -= n;
     if (store->n_reads_in_flight == 0) store->stats.busy_ns += now - store->busy_since;
     for (uint32_t i = 0; i < n; i++) {

@@ -127,7 +127,7 @@ uint32_t choir_experts_prefetch(choir_experts *store, uint32_t layer, const uint
     for (uint32_t i = 0; i < n && begun < most && store->n_guesses < MAX_GUESSES; i++) {
         entry *e = entry_at(store, layer, experts[i]);
         if (e->resident || e->slot != NONE || e->quarantined_until != 0) continue;
-        if (!load_can_begin(store, e)) break;
+        if (!e->source.packed && !loads_spare_staging(store)) break; /* demand comes first */
         slot *s = colder_slot(store, choir_policy_heat(store->policy, layer, experts[i]), &at,
                               &n_victims);
         if (s == NULL) break;

@@ -91,6 +91,37 @@ static bool add_slab(choir_experts *store)
     return true;
 }
 
+void slot_evict(choir_experts *store, slot *s)
+{
+    CHOIR_ASSERT(may_go(store, s));
+    if (s->speculative) guess_was_wrong(store, s);
+    load_end_staging(store, s);
+    slot_move(store, s, SLOT_FREE);
+}
+
+bool slots_evict_next(choir_experts *store, uint32_t *at, uint32_t n)
+{
+    while (*at < n) {
+        slot *s = &store->slots[store->victims[(*at)++].slot];
+        if (!may_go(store, s)) continue; /* gone meanwhile, with its slab */
+        slot_evict(store, s);
+        return true;
+    }
+    return false;
+}
+
+bool slots_free_staging(choir_experts *store)
+{
+    uint32_t n_slots = store->max_slabs * store->slots_per_slab;
+    for (uint32_t i = 0; i < n_slots; i++) {
+        slot *s = &store->slots[i];
+        if (s->state != SLOT_ARRIVED || s->staging == NONE || !may_go(store, s)) continue;
+        slot_evict(store, s);
+        return true;
+    }
+    return false;
+}
+
 slot *slots_take_free(choir_experts *store)
 {
     if (store->slot_limit > 0 && store->n_slots_used >= store->slot_limit) return NULL;
@@ -100,14 +131,6 @@ slot *slots_take_free(choir_experts *store)
     store->slabs[s->slab].n_free--;
     store->n_slots_used++;
     return s;
-}
-
-void slot_evict(choir_experts *store, slot *s)
-{
-    CHOIR_ASSERT(may_go(store, s));
-    if (s->speculative) guess_was_wrong(store, s);
-    load_end_staging(store, s);
-    slot_move(store, s, SLOT_FREE);
 }
 
 static void drop_slab(choir_experts *store, uint32_t i)

@@ -110,7 +110,8 @@ struct choir_experts {
     uint32_t layer_wanted, block_layers, n_blocks;
 
     uint32_t n_reads_in_flight;
-    uint64_t busy_since, progress_ns; /* progress: when the disk last gave something */
+    uint64_t busy_since, progress_ns; /* progress: when the disk last gave something, or was last asked */
+    bool stalled; /* it gave nothing for stall_ns, nor anything since: nobody waits for it */
     choir_experts_stats stats;
 };
 
@@ -135,6 +136,10 @@ uint32_t slots_find_victims(choir_experts *store);
 /* A free slot: one that is, or of a slab not held yet; NULL: somebody has to go. */
 slot *slots_take_free(choir_experts *store);
 void slot_evict(choir_experts *store, slot *s);
+/* The next of n victims from *at on that may still go; false: none. */
+bool slots_evict_next(choir_experts *store, uint32_t *at, uint32_t n);
+/* A guess that was read and holds a staging buffer goes; false: there is none. */
+bool slots_free_staging(choir_experts *store);
 void slots_shrink(choir_experts *store); /* gives slabs beyond the budget back, if it can */
 void entry_pin(choir_experts *store, entry *e);
 void entry_unpin(choir_experts *store, entry *e);
@@ -148,6 +153,7 @@ void guess_was_wrong(choir_experts *store, slot *s);
 /* experts/loads.c: reads of slots */
 size_t choir_expert_staged_bytes(const choir_expert_source *source);
 bool load_can_begin(const choir_experts *store, const entry *e); /* a staging buffer is there if it needs one */
+bool loads_spare_staging(const choir_experts *store); /* more than half of the buffers are free */
 void load_begin(choir_experts *store, slot *s, uint32_t entry, bool speculative);
 void load_again(choir_experts *store, slot *s);
 void loads_send(choir_experts *store);
