@@ -1,5 +1,6 @@
-/* Which experts should stay in memory? Traces of routes are played against caches of several sizes with each
- * policy, and against Belady's optimum (1966), which knows the future: the hit rates say what is left to gain.
+/* Which experts should stay in memory? Traces of routes are played against caches of several sizes
+ * with each policy, and against Belady's optimum (1966), which knows the future: the hit rates say
+ * what is left to gain.
  *
  *   bench_expert_cache                         synthetic traces
  *   bench_expert_cache --routes FILE …         of `choir logits MODEL --tokens … --routes FILE` */
@@ -40,7 +41,7 @@ typedef struct trace {
 
 /* What steps of a batch ask for: (layer, expert) pairs in the order of the layers. */
 typedef struct demand {
-    uint32_t key; /* layer * n_experts + expert */
+    uint32_t key;                /* layer * n_experts + expert */
     uint32_t step, n_rows, next; /* next: index of the pair's next demand */
     float weight;
 } demand;
@@ -94,9 +95,9 @@ static trace new_trace(const char *name, uint32_t n_sequences, uint32_t n_tokens
     return t;
 }
 
-/* Experts by Zipf's law over a random order of each layer; the order of a sequence is its own mix of
- * `topics` orders and changes every `drift` tokens (0: never). k of them without replacement, by Gumbel's
- * trick. */
+/* Experts by Zipf's law over a random order of each layer; the order of a sequence is its own mix
+ * of `topics` orders and changes every `drift` tokens (0: never). k of them without replacement, by
+ * Gumbel's trick. */
 static trace synthetic(const values *v, const char *name, double exponent, uint32_t topics,
                        uint32_t drift, uint32_t n_sequences)
 {
@@ -149,8 +150,8 @@ static void measure(const json_t *o, trace *t)
     if (layer >= t->n_layers) t->n_layers = layer + 1;
     if (token >= t->n_tokens) t->n_tokens = token + 1;
     if (json_array_size(experts) > t->k) t->k = (uint32_t)json_array_size(experts);
-    json_array_foreach(experts, i, x) if (json_integer_value(x) >= t->n_experts)
-        t->n_experts = (uint32_t)json_integer_value(x) + 1;
+    json_array_foreach(experts, i, x) if (json_integer_value(x) >= t->n_experts) t->n_experts =
+        (uint32_t)json_integer_value(x) + 1;
 }
 
 static void take(const json_t *o, trace *t, uint32_t sequence)
@@ -203,8 +204,8 @@ static bool read_routes(const values *v, trace *out)
     return true;
 }
 
-/* Steps in which each of `batch` sequences is a row: the union of their experts, once each. Sequences are
- * taken from different places of the trace when there are too few. */
+/* Steps in which each of `batch` sequences is a row: the union of their experts, once each.
+ * Sequences are taken from different places of the trace when there are too few. */
 static demands make_demands(const trace *t, uint32_t batch)
 {
     uint32_t n_pairs = t->n_layers * t->n_experts;
@@ -225,7 +226,8 @@ static demands make_demands(const trace *t, uint32_t batch)
             }
             for (uint32_t x = 0; x < t->n_experts; x++)
                 if (rows[x] > 0)
-                    d.at[d.n++] = (demand){l * t->n_experts + x, i, rows[x], UINT32_MAX, weights[x]};
+                    d.at[d.n++] =
+                        (demand){l * t->n_experts + x, i, rows[x], UINT32_MAX, weights[x]};
         }
     memset(last, 0xFF, n_pairs * sizeof *last);
     for (uint32_t i = d.n; i-- > 0;) {
@@ -238,8 +240,8 @@ static demands make_demands(const trace *t, uint32_t batch)
     return d;
 }
 
-/* Belady: of those held and the one that comes, the one whose next use is farthest goes. Its bound is on what
- * a cache can do that may also let a read expert go at once. */
+/* Belady: of those held and the one that comes, the one whose next use is farthest goes. Its bound
+ * is on what a cache can do that may also let a read expert go at once. */
 static double optimum(const trace *t, const demands *d, uint32_t n_slots)
 {
     uint32_t *held = need(n_slots, sizeof *held), n_held = 0, hits = 0;
@@ -308,10 +310,10 @@ static double play(const trace *t, const demands *d, uint32_t n_slots, choir_pol
 static void compare(const trace *t, const char *batches)
 {
     static const uint32_t percent[] = {5, 10, 20, 40, 60, 80};
-    printf("\n%s: %u layers, %u experts, %u a token, %u tokens\n", t->name, t->n_layers, t->n_experts,
-           t->k, t->n_tokens);
-    printf("  %5s  %6s  %6s  %6s  %6s  %7s  %s\n", "batch", "memory", "lru", "lfu", "router", "optimum",
-           "reads a token and layer with lfu");
+    printf("\n%s: %u layers, %u experts, %u a token, %u tokens\n", t->name, t->n_layers,
+           t->n_experts, t->k, t->n_tokens);
+    printf("  %5s  %6s  %6s  %6s  %6s  %7s  %s\n", "batch", "memory", "lru", "lfu", "router",
+           "optimum", "reads a token and layer with lfu");
     for (const char *at = batches; *at != '\0';) {
         char *end;
         uint32_t batch = (uint32_t)strtoul(at, &end, 10);
@@ -327,10 +329,11 @@ static void compare(const trace *t, const char *batches)
             double rate[CHOIR_N_POLICIES];
             for (int k = 0; k < CHOIR_N_POLICIES; k++)
                 rate[k] = play(t, &d, n_slots, (choir_policy_kind)k);
-            printf("  %5u  %4u %%  %4.1f %%  %4.1f %%  %4.1f %%  %5.1f %%  %.2f\n", batch, percent[i],
-                   100 * rate[CHOIR_POLICY_LRU], 100 * rate[CHOIR_POLICY_LFU_AGED],
+            printf("  %5u  %4u %%  %4.1f %%  %4.1f %%  %4.1f %%  %5.1f %%  %.2f\n", batch,
+                   percent[i], 100 * rate[CHOIR_POLICY_LRU], 100 * rate[CHOIR_POLICY_LFU_AGED],
                    100 * rate[CHOIR_POLICY_ROUTER], 100 * optimum(t, &d, n_slots),
-                   (1 - rate[CHOIR_POLICY_LFU_AGED]) * d.n / (t->n_tokens * (double)t->n_layers * batch));
+                   (1 - rate[CHOIR_POLICY_LFU_AGED]) * d.n /
+                       (t->n_tokens * (double)t->n_layers * batch));
         }
         free(d.at);
     }
@@ -348,7 +351,8 @@ int main(int argc, char **argv)
         }
     if (choir_options_parse(options, n_options, argc, argv, &v, &arguments) != CHOIR_OK ||
         v.top_k > v.experts) {
-        fprintf(stderr, "%s\n", v.top_k > v.experts ? "--top-k is more than --experts" : choir_error_message());
+        fprintf(stderr, "%s\n",
+                v.top_k > v.experts ? "--top-k is more than --experts" : choir_error_message());
         return 2;
     }
     if (v.routes.n > 0) {
@@ -369,7 +373,8 @@ int main(int argc, char **argv)
                  {"Zipf 1, four topics, each sequence its own", 1, 4, 0},
                  {"Zipf 1, four topics that change every 48 tokens", 1, 4, 48}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
-        trace t = synthetic(&v, kinds[i].name, kinds[i].exponent, kinds[i].topics, kinds[i].drift, 16);
+        trace t =
+            synthetic(&v, kinds[i].name, kinds[i].exponent, kinds[i].topics, kinds[i].drift, 16);
         compare(&t, v.batch);
         free(t.experts);
         free(t.weights);

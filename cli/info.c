@@ -124,10 +124,11 @@ static void print_experts(const Choir__V1__ExpertStats *x)
     printf("    experts are streamed by %s: %u of %u in memory (%s of %s), policy %s\n", x->io,
            x->slots_used, x->experts, choir_format_bytes(x->held_bytes, a),
            choir_format_bytes(x->budget_bytes, b), x->policy);
-    printf("    hits %.0f %%; %s read at %.2f GB/s; a read's p50 %.1f ms, p99 %.1f ms; waited %.1f ms a "
+    printf("    hits %.0f %%; %s read at %.2f GB/s; a read's p50 %.1f ms, p99 %.1f ms; waited %.1f "
+           "ms a "
            "token\n",
-           100 * x->hit_rate, choir_format_bytes(x->bytes_read, a), x->bandwidth / 1e9, x->read_p50_ms,
-           x->read_p99_ms, x->stall_ms_per_token);
+           100 * x->hit_rate, choir_format_bytes(x->bytes_read, a), x->bandwidth / 1e9,
+           x->read_p50_ms, x->read_p99_ms, x->stall_ms_per_token);
     printf("    reading ahead is %s: foreseen %.0f %%, used %.0f %% of %llu\n",
            x->prefetching ? "on" : "off, it does not pay", 100 * x->prediction_recall,
            100 * x->prefetch_precision, (unsigned long long)x->prefetched);
@@ -140,8 +141,8 @@ static void print_experts(const Choir__V1__ExpertStats *x)
 
 static json_t *experts_json(const Choir__V1__ExpertStats *x)
 {
-    return json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:f, s:I, s:f, s:f, s:f, s:f, s:b}", "io", x->io,
-                     "policy", x->policy, "experts", (json_int_t)x->experts, "slots",
+    return json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:f, s:I, s:f, s:f, s:f, s:f, s:b}", "io",
+                     x->io, "policy", x->policy, "experts", (json_int_t)x->experts, "slots",
                      (json_int_t)x->slots, "slots_used", (json_int_t)x->slots_used, "held_bytes",
                      (json_int_t)x->held_bytes, "hit_rate", x->hit_rate, "bytes_read",
                      (json_int_t)x->bytes_read, "bandwidth", x->bandwidth, "read_p50_ms",
@@ -162,8 +163,7 @@ static void print_served(const values *v, const Choir__V1__ListModelsResponse *a
 {
     if (v->json) {
         json_t *models = json_array();
-        for (size_t i = 0; i < answer->n_models; i++)
-        {
+        for (size_t i = 0; i < answer->n_models; i++) {
             const Choir__V1__ExpertStats *x = experts_of(stats, answer->models[i]->name);
             json_t *model = model_json(answer->models[i]);
             if (x != NULL) json_object_set_new(model, "streamed", experts_json(x));

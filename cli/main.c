@@ -13,8 +13,8 @@ static const choir_verb *const verbs[] = {
 enum { N_VERBS = sizeof verbs / sizeof *verbs };
 
 /* Verbs of the contract that are not there yet. */
-static const char *const later[] = {"quantize", "convert", "merge", "prune",  "adapter",
-                                    "router", "data",     "tune",    "eval",  "monitor"};
+static const char *const later[] = {"quantize", "convert", "merge", "prune", "adapter",
+                                    "router",   "data",    "tune",  "eval",  "monitor"};
 enum { N_LATER = sizeof later / sizeof *later };
 
 static void print_usage(FILE *to)
@@ -27,7 +27,8 @@ static void print_usage(FILE *to)
         fprintf(to, "  %-11s %s\n", verbs[i]->name, verbs[i]->summary);
     fprintf(to, "\nnot there yet: ");
     for (int i = 0; i < N_LATER; i++) fprintf(to, "%s%s", i > 0 ? ", " : "", later[i]);
-    fprintf(to, "\n\nMODEL is a Hugging Face folder, a .gguf or .choir file, or a name in the model cache.\n"
+    fprintf(to, "\n\nMODEL is a Hugging Face folder, a .gguf or .choir file, or a name in the "
+                "model cache.\n"
                 "choir VERB --help tells a verb's options, with an example.\n\nexample:\n"
                 "  choir chat SmolLM2-135M-Instruct.Q4_1\n");
 }

@@ -34,7 +34,8 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
 {
     const values *v = verb_values;
     char path[4096];
-    choir_pack_options o = {.out = v->out, .n_threads = (uint32_t)v->threads, .show_progress = true};
+    choir_pack_options o = {
+        .out = v->out, .n_threads = (uint32_t)v->threads, .show_progress = true};
     CHOIR_TRY(choir_cli_find_model(arguments->positional[0], path, sizeof path));
     o.model = path;
     if (!parse_quant(v->quant, &o.quant))

@@ -123,7 +123,8 @@ static choir_status kv_wanted(const values *v, const char *path, uint64_t *kv_by
     return CHOIR_OK;
 }
 
-/* The name clients use: what was asked for, or the last part of the path without ".gguf" or ".choir". */
+/* The name clients use: what was asked for, or the last part of the path without ".gguf" or
+ * ".choir". */
 static void name_of(const values *v, uint32_t i, const char *path, char *name, size_t bytes)
 {
     if (i < v->served_model_name.n) {
@@ -175,7 +176,8 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
             choir_engine_n_threads(out->engine), choir_engine_kernels(out->engine)->name);
     choir_experts_stats x = choir_engine_expert_stats(out->engine);
     if (x.streamed)
-        fprintf(stderr, "choir: %s: up to %u of %u experts in %s of memory, the others streamed by %s\n",
+        fprintf(stderr,
+                "choir: %s: up to %u of %u experts in %s of memory, the others streamed by %s\n",
                 out->name, x.n_slots, x.n_experts, choir_format_bytes(x.budget_bytes, a), x.io);
     return CHOIR_OK;
 }

@@ -1,6 +1,7 @@
-/* One budget of memory for everything: what is there for good first, then KV pages and experts, which
- * share the rest. If all experts fit beside the KV pages that are wanted, they are resident; else they are
- * streamed, and the line between the two moves at run time (choir_engine_set_kv_pages). */
+/* One budget of memory for everything: what is there for good first, then KV pages and experts,
+ * which share the rest. If all experts fit beside the KV pages that are wanted, they are resident;
+ * else they are streamed, and the line between the two moves at run time
+ * (choir_engine_set_kv_pages). */
 #include "engine/state.h"
 
 #include <malloc.h>
@@ -59,16 +60,28 @@ static choir_status too_small(const choir_engine *e, uint64_t dense, uint64_t sc
 {
     char all[16], a[16], b[16], c[16], d[16];
     return choir_fail(CHOIR_E_INVALID,
-                      "a budget of %s (--memory) is too little for %.200s: %s of weights that every token meets, %s "
+                      "a budget of %s (--memory) is too little for %.200s: %s of weights that "
+                      "every token meets, %s "
                       "of scratch, %s for the process, and at least %s of KV pages and experts",
                       choir_format_bytes(e->options.memory_bytes, all), e->path,
                       choir_format_bytes(dense, a), choir_format_bytes(scratch, b),
                       choir_format_bytes(process, c), choir_format_bytes(least, d));
 }
 
+/* What streaming needs to go on at all: a few slots, and buffers to read unpacked experts into. */
+static uint64_t few_experts(const choir_engine *e, const choir_model_file *file, uint64_t experts)
+{
+    uint64_t n = 0;
+    for (uint32_t l = 0; l < e->config.n_layers; l++)
+        if ((e->config.layers[l] & CHOIR_LAYER_MOE) != 0) n += e->config.n_experts;
+    uint64_t mean = n > 0 ? experts / n : 0;
+    return mean * (choir_model_file_pack(file) != NULL ? 4 : 8);
+}
+
 choir_status choir_budget_plan(choir_engine *e, const choir_model_file *file)
 {
-    uint64_t dense, experts, scratch = choir_step_bytes(e), process, memory = e->options.memory_bytes;
+    uint64_t dense, experts, scratch = choir_step_bytes(e), process,
+                             memory = e->options.memory_bytes;
     if (memory == 0) return CHOIR_OK;
     CHOIR_TRY(weigh(e, file, &dense, &experts));
     malloc_trim(0); /* what parsing the model's texts took and gave back */
@@ -86,17 +99,20 @@ choir_status choir_budget_plan(choir_engine *e, const choir_model_file *file)
         return CHOIR_OK;
     }
     if (experts == 0 || experts + wanted <= rest || rest >= experts + experts / 8 + least_kv) {
-        if (rest < experts + least_kv) return too_small(e, dense, scratch, process, experts + least_kv);
+        if (rest < experts + least_kv)
+            return too_small(e, dense, scratch, process, experts + least_kv);
         e->options.kv_bytes = wanted < rest - experts ? wanted : rest - experts;
         return CHOIR_OK;
     }
     /* Streamed. Floors: KV pages and experts each keep an eighth of what they share. */
     uint64_t kv_floor = rest / 8 > least_kv ? rest / 8 : least_kv;
     if (kv_floor > wanted) kv_floor = wanted;
-    uint64_t most_kv = rest - rest / 8;
+    uint64_t expert_floor = rest / 8, few = few_experts(e, file, experts);
+    if (expert_floor < few) expert_floor = few;
+    if (rest < kv_floor + expert_floor)
+        return too_small(e, dense, scratch, process, least_kv + few);
+    uint64_t most_kv = rest - expert_floor;
     e->options.kv_bytes = wanted < most_kv ? wanted : most_kv;
-    if (rest < kv_floor + rest / 8 || rest == 0)
-        return too_small(e, dense, scratch, process, 2 * least_kv);
     e->shared_bytes = rest;
     e->kv_floor_bytes = kv_floor;
     e->options.expert_bytes = rest - e->options.kv_bytes;

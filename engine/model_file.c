@@ -320,8 +320,9 @@ static choir_status slice_of_pack(const choir_model_file *f, choir_role role, ui
     if (t == NULL || t->layout != CHOIR_LAYOUT_EXACT)
         return choir_fail(t == NULL ? CHOIR_E_NOT_FOUND : CHOIR_E_UNIMPLEMENTED,
                           "%s: %s of layer %u %s", f->path, choir_role_text(role), layer,
-                          t == NULL ? "is missing"
-                                    : "lies packed; what wants the tensor wants the model's own file");
+                          t == NULL
+                              ? "is missing"
+                              : "lies packed; what wants the tensor wants the model's own file");
     *out = (choir_slice){.dtype = CHOIR_F32,
                          .rows = t->rows,
                          .cols = t->cols,

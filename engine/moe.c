@@ -113,8 +113,8 @@ static void sort_out(choir_engine *e, uint32_t l, const uint16_t *ids, uint32_t 
     s->more = s->n_arrived > 0 || choir_experts_pending(e->experts);
 }
 
-/* One worker: groups the rows by expert, finds each expert's area, asks for all experts at once. What
- * is in reach makes the first wave; the others arrive while it computes. */
+/* One worker: groups the rows by expert, finds each expert's area, asks for all experts at once.
+ * What is in reach makes the first wave; the others arrive while it computes. */
 static void open_experts(choir_engine *e, uint32_t l)
 {
     step *s = &e->step;
@@ -226,7 +226,8 @@ typedef struct slot_rows {
     const size_t *at; /* [n_experts] */
 } slot_rows;
 
-/* Quantises those of the expert's slots whose numbers, counted from `first`, are in [begin, end). */
+/* Quantises those of the expert's slots whose numbers, counted from `first`, are in [begin, end).
+ */
 static void quantize_slots(choir_engine *e, const slot_rows *r, uint32_t expert, uint64_t first,
                            uint64_t begin, uint64_t end)
 {
@@ -366,8 +367,8 @@ static void quantize_always(choir_engine *e, const choir_expert *x, uint32_t wor
                              (uint32_t)end);
 }
 
-/* The experts in reach: slot_out = down(act(gate) · up) of their slots. `always`: NULL, or the shared
- * expert, which computes beside the first wave. */
+/* The experts in reach: slot_out = down(act(gate) · up) of their slots. `always`: NULL, or the
+ * shared expert, which computes beside the first wave. */
 static void run_wave(choir_engine *e, const choir_expert *always, uint32_t worker,
                      uint32_t n_workers)
 {

@@ -62,9 +62,9 @@ static choir_status read_header(const source *s, choir_pack_header *h)
     memcpy(h, page, sizeof *h);
     memcpy(&hash, page + CHOIR_PACK_HASH_AT, sizeof hash);
     if (memcmp(h->magic, CHOIR_PACK_UNFINISHED, 8) == 0)
-        return choir_fail(CHOIR_E_FORMAT,
-                          "%s is not finished: `choir pack` with the same arguments goes on with it",
-                          s->name);
+        return choir_fail(
+            CHOIR_E_FORMAT,
+            "%s is not finished: `choir pack` with the same arguments goes on with it", s->name);
     if (memcmp(h->magic, CHOIR_PACK_MAGIC, 8) != 0)
         return choir_fail(CHOIR_E_FORMAT, "%s is not a .choir file", s->name);
     if (h->version != CHOIR_PACK_VERSION)
@@ -87,7 +87,8 @@ static choir_status read_header(const source *s, choir_pack_header *h)
         return bad(s, "tables_bytes", h->tables_bytes);
     if (h->vectors_offset > s->bytes || h->vectors_bytes > s->bytes - h->vectors_offset)
         return bad(s, "vectors_bytes", h->vectors_bytes);
-    h->name[sizeof h->name - 1] = h->kind[sizeof h->kind - 1] = h->types[sizeof h->types - 1] = '\0';
+    h->name[sizeof h->name - 1] = h->kind[sizeof h->kind - 1] = h->types[sizeof h->types - 1] =
+        '\0';
     return CHOIR_OK;
 }
 
@@ -119,7 +120,8 @@ static choir_status check_tensor(const choir_pack *p, const source *s, uint32_t 
     if (t->layout != CHOIR_LAYOUT_EXACT) return CHOIR_OK;
     uint64_t first = h->vectors_offset, last = first + h->vectors_bytes;
     if (t->dtype != CHOIR_F32 || t->bytes != (uint64_t)t->rows * t->cols * sizeof(float) ||
-        t->offset < first || (t->offset - first) % sizeof(float) != 0 || t->offset + t->bytes > last)
+        t->offset < first || (t->offset - first) % sizeof(float) != 0 ||
+        t->offset + t->bytes > last)
         return bad(s, "a vector out of its place, at", t->offset);
     if (XXH3_64bits(choir_pack_vector(p, t), t->bytes) != t->checksum)
         return choir_fail(CHOIR_E_DATA_LOSS, "%s: the checksum of %s in layer %u is wrong", s->name,
@@ -133,8 +135,8 @@ static choir_status check_tables(const choir_pack *p, const source *s)
     for (uint32_t i = 0; i < h->n_tensors; i++) CHOIR_TRY(check_tensor(p, s, i));
     for (uint32_t i = 0; i < h->n_runs; i++) {
         const choir_pack_run *r = &p->runs[i];
-        if (i > 0 && (r->layer < r[-1].layer ||
-                      (r->layer == r[-1].layer && r->expert <= r[-1].expert)))
+        if (i > 0 &&
+            (r->layer < r[-1].layer || (r->layer == r[-1].layer && r->expert <= r[-1].expert)))
             return bad(s, "an expert out of order, number", i);
         if (r->offset % CHOIR_PACK_PAGE != 0 || r->offset > h->file_bytes ||
             r->bytes > h->file_bytes - r->offset || r->bytes > UINT32_MAX / 2)
@@ -172,8 +174,8 @@ static choir_status open_source(const source *s, choir_pack **out)
     choir_pack *p = choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *p);
     if (p == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", s->name);
     p->name = choir_strdup(CHOIR_MEM_OTHER, s->name);
-    choir_status status = p->name != NULL ? read_all(s, p)
-                                          : choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", s->name);
+    choir_status status =
+        p->name != NULL ? read_all(s, p) : choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", s->name);
     if (status != CHOIR_OK) {
         choir_pack_close(p);
         return status;
@@ -216,9 +218,9 @@ bool choir_pack_is(const char *path)
     uint64_t bytes;
     int fd = open_regular(path, &bytes);
     if (fd < 0) return false;
-    bool is = pread(fd, magic, sizeof magic, 0) == (ssize_t)sizeof magic &&
-              (memcmp(magic, CHOIR_PACK_MAGIC, 8) == 0 ||
-               memcmp(magic, CHOIR_PACK_UNFINISHED, 8) == 0);
+    bool is =
+        pread(fd, magic, sizeof magic, 0) == (ssize_t)sizeof magic &&
+        (memcmp(magic, CHOIR_PACK_MAGIC, 8) == 0 || memcmp(magic, CHOIR_PACK_UNFINISHED, 8) == 0);
     close(fd);
     return is;
 }
@@ -346,11 +348,13 @@ choir_status choir_pack_check(const choir_pack *p, const choir_model_config *c)
                 CHOIR_TRY(check_role(p, c, role, l, i));
         }
     for (uint32_t l = 0; l < c->n_layers; l++)
-        for (uint32_t x = 0; (c->layers[l] & CHOIR_LAYER_MOE) != 0 && x < c->n_experts; x++, n_runs++)
+        for (uint32_t x = 0; (c->layers[l] & CHOIR_LAYER_MOE) != 0 && x < c->n_experts;
+             x++, n_runs++)
             CHOIR_TRY(check_run(p, l, x));
     if (n != p->header.n_tensors || n_runs != p->header.n_runs)
         return choir_fail(CHOIR_E_FORMAT,
-                          "%s has %u tensors and %u experts, the model has %" PRIu64 " and %" PRIu64,
+                          "%s has %u tensors and %u experts, the model has %" PRIu64
+                          " and %" PRIu64,
                           p->name, p->header.n_tensors, p->header.n_runs, n, n_runs);
     return CHOIR_OK;
 }

@@ -1,5 +1,5 @@
-/* Which experts the next layer will want: its gate over this layer's residual stream, before the experts
- * of this one have added to it (as in Eliseev, Mazur 2023, section 3.2). */
+/* Which experts the next layer will want: its gate over this layer's residual stream, before the
+ * experts of this one have added to it (as in Eliseev, Mazur 2023, section 3.2). */
 #include "engine/state.h"
 
 enum { NEARLY_IDLE = 2 }; /* reads in flight */
@@ -36,12 +36,13 @@ void choir_predict_rows(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
                        (uint32_t)end, s->prediction);
 }
 
-/* One worker, as soon as the disk has little left to do for this layer: the next layer's most likely
- * experts, best first; once a layer. */
+/* One worker, as soon as the disk has little left to do for this layer: the next layer's most
+ * likely experts, best first; once a layer. */
 void choir_predict_prefetch(choir_engine *e, uint32_t l)
 {
     step *s = &e->step;
-    uint32_t to = next_layer(e, l), n_rows = n_predicted_rows(e), k = e->config.n_experts_used, n = 0;
+    uint32_t to = next_layer(e, l), n_rows = n_predicted_rows(e), k = e->config.n_experts_used,
+             n = 0;
     if (to == 0 || s->predicted_layer == to || e->options.no_prefetch ||
         !choir_experts_streamed(e->experts) || choir_experts_n_in_flight(e->experts) > NEARLY_IDLE)
         return;

@@ -1,5 +1,5 @@
-/* Streamed experts of files that are not packed: read slice by slice, turned into the kernels' layout as
- * they arrive. */
+/* Streamed experts of files that are not packed: read slice by slice, turned into the kernels'
+ * layout as they arrive. */
 #include "engine/state.h"
 
 #include <sys/stat.h>
@@ -7,8 +7,8 @@
 
 enum { PARTS = CHOIR_EXPERT_PARTS };
 
-/* Of gate, up and down: views whose data is replaced by what was read. Extent i is part i's; MXFP4's
- * exponents come behind those. */
+/* Of gate, up and down: views whose data is replaced by what was read. Extent i is part i's;
+ * MXFP4's exponents come behind those. */
 struct expert_slices {
     choir_slice parts[PARTS];
 };
@@ -43,7 +43,8 @@ static choir_status add_extent(const choir_model_file *file, const uint8_t *data
 {
     choir_expert_extent *x = &to->extents[to->n_extents++];
     if (bytes > UINT32_MAX / 2 || !choir_model_file_locate(file, data, &x->file, &x->offset))
-        return choir_fail(CHOIR_E_UNIMPLEMENTED, "an expert's tensor of %llu bytes cannot be streamed",
+        return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                          "an expert's tensor of %llu bytes cannot be streamed",
                           (unsigned long long)bytes);
     x->bytes = (uint32_t)bytes;
     return CHOIR_OK;
@@ -58,10 +59,9 @@ choir_status choir_stream_place(choir_engine *e, const choir_model_file *file, u
         CHOIR_TRY(add_extent(file, slices[i].data, choir_slice_span(&slices[i]), &source));
     for (int i = 0; i < PARTS; i++)
         if (slices[i].scales != NULL)
-            CHOIR_TRY(add_extent(file, slices[i].scales,
-                                 (slices[i].rows - 1) * slices[i].scales_stride +
-                                     slices[i].cols / 32,
-                                 &source));
+            CHOIR_TRY(add_extent(
+                file, slices[i].scales,
+                (slices[i].rows - 1) * slices[i].scales_stride + slices[i].cols / 32, &source));
     expert_slices *to = &e->slices[(size_t)layer_index * e->config.n_experts + expert];
     for (int i = 0; i < PARTS; i++) to->parts[i] = slices[i];
     /* The bytes are not read now: where they lie, in files of which age, stands for them. */

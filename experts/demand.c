@@ -1,4 +1,5 @@
-/* A layer's demand: all its experts are asked for at once, and given in the order of their arrival. */
+/* A layer's demand: all its experts are asked for at once, and given in the order of their arrival.
+ */
 #include "experts/store.h"
 
 void choir_experts_step(choir_experts *store)
@@ -140,7 +141,8 @@ uint32_t choir_experts_missing(choir_experts *store, choir_expert_missing *out)
         if (w->state == WANT_GIVEN) continue;
         entry *e = entry_at(store, store->layer, w->expert);
         bool lost = e->quarantined_until != 0;
-        out[n++] = (choir_expert_missing){w->expert, lost ? CHOIR_E_DATA_LOSS : CHOIR_E_UNAVAILABLE};
+        out[n++] =
+            (choir_expert_missing){w->expert, lost ? CHOIR_E_DATA_LOSS : CHOIR_E_UNAVAILABLE};
         if (!lost) store->stats.n_late++;
         if (w->state == WANT_AWAITED && e->slot != NONE) {
             store->slots[e->slot].late = true;

@@ -25,7 +25,8 @@ static int read_whole(const choir_read *r)
     while (done < r->need) {
         ssize_t n = pread(r->fd, r->to + done, r->bytes - done, (off_t)(r->offset + done));
         if (n < 0 && (errno == EINTR || errno == EAGAIN)) continue;
-        if (n < 0 && errno == EINVAL && done % CHOIR_DISK_PAGE != 0) return ENODATA; /* ragged end */
+        if (n < 0 && errno == EINVAL && done % CHOIR_DISK_PAGE != 0)
+            return ENODATA; /* ragged end */
         if (n < 0) return errno;
         if (n == 0) return ENODATA;
         done += (uint32_t)n;

@@ -219,7 +219,8 @@ static void close_uring(choir_disk *disk)
     uring *u = (uring *)disk;
     choir_read_done done[16];
     if (u->open) {
-        while (u->n_free < u->depth && reap(disk, done, 16, CHOIR_SECOND) > 0) {}
+        while (u->n_free < u->depth && reap(disk, done, 16, CHOIR_SECOND) > 0) {
+        }
         io_uring_queue_exit(&u->ring); /* cancels and waits for what is left */
     }
     choir_free(u->operations);
@@ -232,12 +233,8 @@ choir_status choir_disk_uring_open(uint32_t depth, bool plain, choir_disk **out)
 {
     uring *u = choir_calloc(CHOIR_MEM_EXPERTS, 1, sizeof *u);
     if (u == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a queue of reads");
-    u->disk = (choir_disk){plain ? "io_uring-plain" : "io_uring",
-                           submit,
-                           reap,
-                           use_memory,
-                           use_file,
-                           close_uring};
+    u->disk = (choir_disk){
+        plain ? "io_uring-plain" : "io_uring", submit, reap, use_memory, use_file, close_uring};
     u->plain = plain;
     u->depth = u->n_free = depth;
     u->operations = choir_calloc(CHOIR_MEM_EXPERTS, depth, sizeof *u->operations);

@@ -68,8 +68,8 @@ void load_again(choir_experts *store, slot *s)
     store->sending[store->n_sending++] = (uint32_t)(s - store->slots);
 }
 
-/* Extents are read by whole pages where the file wants that; in a staging buffer they lie behind each
- * other, each where its page begins. */
+/* Extents are read by whole pages where the file wants that; in a staging buffer they lie behind
+ * each other, each where its page begins. */
 typedef struct page_range {
     uint64_t offset;
     uint32_t bytes, need, lead; /* lead: bytes before the extent's first */
@@ -103,8 +103,8 @@ static choir_read read_of(const choir_experts *store, const slot *s, uint32_t ex
 {
     const choir_expert_extent *x = &store->entries[s->entry].source.extents[extent];
     page_range p = pages_of(x);
-    return (choir_read){store->fds[x->file], p.offset, place_of(store, s, extent),
-                        p.bytes,             p.need,   tag_of(store, s)};
+    return (choir_read){store->fds[x->file], p.offset, place_of(store, s, extent), p.bytes, p.need,
+                        tag_of(store, s)};
 }
 
 void loads_send(choir_experts *store)
@@ -136,7 +136,8 @@ static void note_latency(choir_experts *store, const slot *s, uint64_t now)
     store->stats.latency[bucket]++;
 }
 
-/* After its last try: the expert is left alone for a while, and who pinned it learns by its absence. */
+/* After its last try: the expert is left alone for a while, and who pinned it learns by its
+ * absence. */
 void slot_fail(choir_experts *store, slot *s, const char *why)
 {
     entry *e = &store->entries[s->entry];

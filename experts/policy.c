@@ -3,7 +3,8 @@
 #include <math.h>
 #include <string.h>
 
-/* Aged counts are kept as they were at their last change: count(t) = count 2^((changed - t) / half-life). */
+/* Aged counts are kept as they were at their last change: count(t) = count 2^((changed - t) /
+ * half-life). */
 typedef struct use {
     float count, worth; /* uses; what the policy makes of them */
     uint32_t changed;   /* step */
@@ -77,8 +78,8 @@ static float age(const choir_policy *p, const use *u)
     return exp2f(-(float)(p->now - u->changed) / CHOIR_POLICY_HALF_LIFE);
 }
 
-/* A use by a request that ends soon says less of the steps to come; weights say how clearly the router
- * wanted it. */
+/* A use by a request that ends soon says less of the steps to come; weights say how clearly the
+ * router wanted it. */
 static float worth_of(const choir_policy *p, uint32_t n_rows, float weight, uint32_t remaining)
 {
     if (p->kind != CHOIR_POLICY_ROUTER) return 1;

@@ -1,11 +1,15 @@
-/* Reading ahead: real loads of the best guesses, only while the disk would idle, only into colder slots.
- * A right guess saves the time until it is wanted; a wrong one holds up the reads that are. Whether all in
- * all it pays is measured, and if it does not it is left alone. */
+/* Reading ahead: real loads of the best guesses, only while the disk would idle, only into colder
+ * slots. A right guess saves the time until it is wanted; a wrong one holds up the reads that are.
+ * Whether all in all it pays is measured, and if it does not it is left alone. */
 #include "experts/store.h"
 
 /* What is wanted in a moment counts as much as so many past uses. */
 enum { GUESS_WEIGHT = 4 };
-enum { MAX_DEPTH = 8, BLOCK = 64, EXPLORE = 12 }; /* layers of a block; every so many blocks the other way */
+enum {
+    MAX_DEPTH = 8,
+    BLOCK = 64,
+    EXPLORE = 12
+}; /* layers of a block; every so many blocks the other way */
 
 static double read_ns(const choir_experts *store)
 {
@@ -52,9 +56,9 @@ void guess_was_wrong(choir_experts *store, slot *s)
     forget(store, s);
 }
 
-/* The time that a wanted expert took, hits included, is the judge: with guesses and without, block by block
- * in turn. Whether the disk's idle time is really free (its reads may cost processors too) no count of right
- * guesses tells. */
+/* The time that a wanted expert took, hits included, is the judge: with guesses and without, block
+ * by block in turn. Whether the disk's idle time is really free (its reads may cost processors too)
+ * no count of right guesses tells. */
 static void end_block(choir_experts *store)
 {
     double cost = (double)store->block_ns / (double)store->block_wanted;
@@ -62,7 +66,8 @@ static void end_block(choir_experts *store)
     *mean = *mean == 0 ? cost : 0.7 * *mean + 0.3 * cost;
     store->n_blocks++;
     bool better = store->cost[1] == 0 || store->cost[1] < store->cost[0];
-    store->guessing = store->n_blocks % EXPLORE == 0 || store->cost[!better] == 0 ? !better : better;
+    store->guessing =
+        store->n_blocks % EXPLORE == 0 || store->cost[!better] == 0 ? !better : better;
     store->stats.prefetching = better;
     store->block_ns = store->block_wanted = store->block_layers = 0;
 }

@@ -1,6 +1,6 @@
-/* How many KV pages may be in use, where they share their memory with streamed experts: as many as the
- * sequences need, and no fewer than the floor. A long context takes memory from cold experts at once; what is
- * no longer needed goes back when it was not for a while. */
+/* How many KV pages may be in use, where they share their memory with streamed experts: as many as
+ * the sequences need, and no fewer than the floor. A long context takes memory from cold experts at
+ * once; what is no longer needed goes back when it was not for a while. */
 #include "scheduler/state.h"
 
 enum { PATIENCE = 64 }; /* ticks that pages are idle before they go back */
@@ -19,7 +19,8 @@ static void set_pages(choir_scheduler *s, uint32_t n)
     s->engine.set_pages(s->engine.engine, n);
 }
 
-/* Cached prefixes go, oldest first, until no more than `target` pages are in use; what is free is not held. */
+/* Cached prefixes go, oldest first, until no more than `target` pages are in use; what is free is
+ * not held. */
 static void evict_to(choir_scheduler *s, uint32_t target)
 {
     while (s->prefix != NULL && s->pages.n - s->pages.n_free > target)

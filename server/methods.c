@@ -263,7 +263,8 @@ static void fill_experts(const choir_scheduler_stats *s, Choir__V1__ExpertStats 
     to->prefetching = x->prefetching;
 }
 
-/* A model's heat, layer by layer; NULL: it streams none, or memory lacks. One block, for choir_free(). */
+/* A model's heat, layer by layer; NULL: it streams none, or memory lacks. One block, for
+ * choir_free(). */
 static void *fill_heat(const choir_server_model *model, Choir__V1__ExpertStats *to)
 {
     size_t n = choir_scheduler_get_expert_heat(model->scheduler, NULL);

@@ -1,6 +1,7 @@
-/* `choir pack`: every matrix of a model into the kernels' layout, experts in runs of pages, streamed into
- * a file that is whole or not there (engine/pack_file.h, docs/formats.md). The file grows under another
- * name; its tables are brought up to date every CHECKPOINT bytes, so that a later call can go on. */
+/* `choir pack`: every matrix of a model into the kernels' layout, experts in runs of pages,
+ * streamed into a file that is whole or not there (engine/pack_file.h, docs/formats.md). The file
+ * grows under another name; its tables are brought up to date every CHECKPOINT bytes, so that a
+ * later call can go on. */
 #include "engine/gguf.h"
 #include "engine/pack_file.h"
 #include "tune/encode.h"
@@ -108,8 +109,8 @@ static choir_status collect_texts(const packer *p, text *texts, uint32_t *n)
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         if (!choir_model_file_has_text(p->file, names[i])) continue;
         texts[*n].name = names[i];
-        CHOIR_TRY(choir_model_file_text(p->file, names[i], MAX_TEXT, &texts[*n].data,
-                                        &texts[*n].bytes));
+        CHOIR_TRY(
+            choir_model_file_text(p->file, names[i], MAX_TEXT, &texts[*n].data, &texts[*n].bytes));
         ++*n;
     }
     return CHOIR_OK;
@@ -132,7 +133,8 @@ static bool is_routed(choir_role role)
 static choir_dtype target_dtype(const packer *p, const choir_slice *s)
 {
     choir_dtype quant = p->options->quant;
-    if (quant == CHOIR_N_DTYPES || s->cols % choir_dtype_block_elements(quant) != 0) return s->dtype;
+    if (quant == CHOIR_N_DTYPES || s->cols % choir_dtype_block_elements(quant) != 0)
+        return s->dtype;
     return quant;
 }
 
@@ -328,7 +330,8 @@ static choir_status checkpoint(packer *p, uint32_t n_done)
     return sync_file(p);
 }
 
-/* The number of units that an earlier call has done, their checksums in the tables; 0: begin anew. */
+/* The number of units that an earlier call has done, their checksums in the tables; 0: begin anew.
+ */
 static uint32_t go_on(packer *p)
 {
     choir_pack_header h;
@@ -416,12 +419,13 @@ static choir_status write_vector(packer *p, choir_pack_tensor *t)
     }
     choir_status status = CHOIR_OK;
     if (values == NULL || from.data == NULL) {
-        status = choir_fail(CHOIR_E_NO_MEMORY, "no memory for a vector of %zu bytes",
-                            (size_t)t->bytes);
+        status =
+            choir_fail(CHOIR_E_NO_MEMORY, "no memory for a vector of %zu bytes", (size_t)t->bytes);
     } else {
         for (uint32_t r = 0; r < t->rows; r++)
             choir_tensor_row(&from, r, values + (size_t)r * t->cols);
-        for (size_t i = 0; choir_model_file_lacks_one(p->file, t->role) && i < (size_t)t->rows * t->cols; i++)
+        for (size_t i = 0;
+             choir_model_file_lacks_one(p->file, t->role) && i < (size_t)t->rows * t->cols; i++)
             values[i] += 1;
         t->checksum = XXH3_64bits(values, t->bytes);
         status = write_at(p, t->offset, values, t->bytes);
@@ -563,9 +567,9 @@ static choir_status write_units(packer *p, uint32_t from)
             since = 0;
         }
         if (status == CHOIR_OK && stop)
-            status = choir_fail(CHOIR_E_CANCELLED,
-                                "interrupted; the same command goes on from %.0f %%",
-                                100.0 * (double)p->n_written / (double)total);
+            status =
+                choir_fail(CHOIR_E_CANCELLED, "interrupted; the same command goes on from %.0f %%",
+                           100.0 * (double)p->n_written / (double)total);
     }
     choir_progress_end(&p->progress);
     choir_free(r);

@@ -94,7 +94,8 @@ static void compare(const char *path, const case_ *c, const float *wanted, bool 
 static void make_pack(const char *path, char *pack, size_t bytes)
 {
     snprintf(pack, bytes, "/tmp/streaming_test-%ld.choir", (long)getpid());
-    const choir_pack_options o = {.model = path, .out = pack, .quant = CHOIR_N_DTYPES, .n_threads = 2};
+    const choir_pack_options o = {
+        .model = path, .out = pack, .quant = CHOIR_N_DTYPES, .n_threads = 2};
     if (choir_pack_write(&o) != CHOIR_OK) fail_msg("%s: %s", path, choir_error_message());
 }
 
@@ -212,8 +213,8 @@ static choir_status step_one(choir_engine *engine, uint32_t token, uint32_t posi
     return status;
 }
 
-/* FAULTS 1: who needs an expert that cannot be read learns which; the engine lives, and who needs none of
- * them goes on. */
+/* FAULTS 1: who needs an expert that cannot be read learns which; the engine lives, and who needs
+ * none of them goes on. */
 static void test_unreadable_experts(void **state)
 {
     (void)state;

@@ -1,4 +1,5 @@
-/* What a request gets from a disk that fails: short of bytes, wrong ones, none for a while. FAULTS 1 to 4. */
+/* What a request gets from a disk that fails: short of bytes, wrong ones, none for a while. FAULTS
+ * 1 to 4. */
 #include "tests/experts/fake_disk.h"
 
 #include <setjmp.h>
@@ -112,8 +113,8 @@ static void test_damage(void **state)
     fake_store_destroy(&f);
 }
 
-/* FAULTS 4: a disk that gives nothing keeps a request waiting for stall_ns and no longer; what comes late
- * is there for the next. */
+/* FAULTS 4: a disk that gives nothing keeps a request waiting for stall_ns and no longer; what
+ * comes late is there for the next. */
 static void test_stall(void **state)
 {
     (void)state;
@@ -141,7 +142,8 @@ static void test_stall(void **state)
     fake_store_destroy(&f);
 }
 
-/* A budget that shrinks gives memory back and goes on with fewer slots; one that grows takes it again. */
+/* A budget that shrinks gives memory back and goes on with fewer slots; one that grows takes it
+ * again. */
 static void test_budget_moves(void **state)
 {
     (void)state;
@@ -163,8 +165,8 @@ static void test_budget_moves(void **state)
     fake_store_destroy(&f);
 }
 
-/* 100,000 random schedules of requests, guesses, faults, late answers and budgets: what is given is right,
- * nothing stays pinned, and what does not come is told. */
+/* 100,000 random schedules of requests, guesses, faults, late answers and budgets: what is given is
+ * right, nothing stays pinned, and what does not come is told. */
 static void test_random_schedules(void **state)
 {
     (void)state;
@@ -195,7 +197,8 @@ static void test_random_schedules(void **state)
                 *(missing[i].status == CHOIR_E_DATA_LOSS ? &n_lost : &n_late) += 1;
             for (int i = 0; i < 3; i++) guesses[i] = (uint16_t)(fake_random(&f.disk) % n_experts);
             choir_experts_prefetch(f.store, (layer + 1) % n_layers, guesses, 3);
-            if (fake_random(&f.disk) % 50 == 0) choir_experts_set_budget(f.store, fake_random(&f.disk) % (1 << 20));
+            if (fake_random(&f.disk) % 50 == 0)
+                choir_experts_set_budget(f.store, fake_random(&f.disk) % (1 << 20));
             if (fake_random(&f.disk) % 20 == 0) fake_now += 31 * CHOIR_SECOND;
         }
         n_guessed += stats_of(&f).n_prefetched;
@@ -209,9 +212,12 @@ static void test_random_schedules(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_each_is_read_once), cmocka_unit_test(test_fewer_slots_than_wanted),
-        cmocka_unit_test(test_eio),               cmocka_unit_test(test_damage),
-        cmocka_unit_test(test_stall),             cmocka_unit_test(test_budget_moves),
+        cmocka_unit_test(test_each_is_read_once),
+        cmocka_unit_test(test_fewer_slots_than_wanted),
+        cmocka_unit_test(test_eio),
+        cmocka_unit_test(test_damage),
+        cmocka_unit_test(test_stall),
+        cmocka_unit_test(test_budget_moves),
         cmocka_unit_test(test_random_schedules),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,5 +1,5 @@
-/* Every way to read gives the same bytes: whole pages, ragged ends, many at once; and says what it cannot.
- * FAULTS 2, 5, 6. */
+/* Every way to read gives the same bytes: whole pages, ragged ends, many at once; and says what it
+ * cannot. FAULTS 2, 5, 6. */
 #include "experts/disk.h"
 
 #include <errno.h>
@@ -66,11 +66,12 @@ static void test_reads(void **state)
             choir_read reads[N_READS];
             for (uint32_t i = 0; i < N_READS; i++) {
                 state_ = state_ * UINT64_C(6364136223846793005) + 1442695040888963407;
-                uint32_t page = (uint32_t)(state_ >> 33) % PAGES, n = 1 + (uint32_t)(state_ >> 50) % 16;
+                uint32_t page = (uint32_t)(state_ >> 33) % PAGES,
+                         n = 1 + (uint32_t)(state_ >> 50) % 16;
                 uint64_t offset = (uint64_t)page * CHOIR_DISK_PAGE, left = BYTES - offset;
                 uint32_t most = n * CHOIR_DISK_PAGE;
-                reads[i] = (choir_read){fd,   offset, memory + i * room,
-                                        most, left < most ? (uint32_t)left : most, i};
+                reads[i] = (choir_read){
+                    fd, offset, memory + i * room, most, left < most ? (uint32_t)left : most, i};
             }
             bool seen[N_READS] = {false};
             for (uint32_t sent = 0, got = 0; got < N_READS;) {
@@ -106,8 +107,8 @@ static void test_failures(void **state)
         choir_read_done done[4];
         uint8_t *memory = choir_alloc_pages(CHOIR_MEM_EXPERTS, 1 << 20);
         assert_int_equal(choir_disk_open_file(path, &fd, &bytes, &direct), CHOIR_OK);
-        const choir_read beyond = {fd, (PAGES - 1) * CHOIR_DISK_PAGE, memory, 4 * CHOIR_DISK_PAGE,
-                                   4 * CHOIR_DISK_PAGE, 1};
+        const choir_read beyond = {
+            fd, (PAGES - 1) * CHOIR_DISK_PAGE, memory, 4 * CHOIR_DISK_PAGE, 4 * CHOIR_DISK_PAGE, 1};
         const choir_read unreadable = {writable, 0, memory, CHOIR_DISK_PAGE, CHOIR_DISK_PAGE, 2};
         assert_int_equal(disk->submit(disk, &beyond, 1), 1);
         assert_int_equal(disk->reap(disk, done, 4, 10 * CHOIR_SECOND), 1);
@@ -116,7 +117,8 @@ static void test_failures(void **state)
         assert_int_equal(disk->reap(disk, done, 4, 10 * CHOIR_SECOND), 1);
         assert_int_equal(done[0].tag, 2);
         assert_int_equal(done[0].error, EBADF);
-        assert_int_equal(disk->reap(disk, done, 4, CHOIR_SECOND), 0); /* nothing in flight: no wait */
+        assert_int_equal(disk->reap(disk, done, 4, CHOIR_SECOND),
+                         0); /* nothing in flight: no wait */
         disk->close(disk);
         choir_free_pages(CHOIR_MEM_EXPERTS, memory, 1 << 20);
         close(fd);

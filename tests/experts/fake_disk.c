@@ -147,8 +147,8 @@ static void place(fake_store *f, uint32_t layer, uint32_t expert)
     uint64_t offset = run_at(f, layer, expert);
     choir_expert_source source = {.packed = true, .n_extents = 1};
     source.extents[0].offset = offset;
-    source.extents[0].bytes =
-        (uint32_t)((choir_expert_run_bytes(&x) + CHOIR_DISK_PAGE - 1) / CHOIR_DISK_PAGE * CHOIR_DISK_PAGE);
+    source.extents[0].bytes = (uint32_t)((choir_expert_run_bytes(&x) + CHOIR_DISK_PAGE - 1) /
+                                         CHOIR_DISK_PAGE * CHOIR_DISK_PAGE);
     choir_expert_place_run(&there, f->disk.image + offset);
     source.checksums[0] = XXH3_64bits(there.gate.data, there.gate.bytes);
     source.checksums[1] = XXH3_64bits(there.up.data, there.up.bytes);
@@ -185,7 +185,8 @@ void fake_store_destroy(fake_store *f)
     unlink(f->path);
 }
 
-void fake_assert_expert(const fake_store *f, uint32_t layer, uint32_t expert, const choir_expert *held)
+void fake_assert_expert(const fake_store *f, uint32_t layer, uint32_t expert,
+                        const choir_expert *held)
 {
     choir_expert there = planned(expert);
     choir_expert_place_run(&there, f->disk.image + run_at(f, layer, expert));

@@ -103,8 +103,10 @@ static void test_names_and_memory(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_lru),        cmocka_unit_test(test_lfu),
-        cmocka_unit_test(test_router),     cmocka_unit_test(test_layer_cost),
+        cmocka_unit_test(test_lru),
+        cmocka_unit_test(test_lfu),
+        cmocka_unit_test(test_router),
+        cmocka_unit_test(test_layer_cost),
         cmocka_unit_test(test_names_and_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

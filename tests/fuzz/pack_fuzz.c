@@ -1,6 +1,6 @@
-/* A `.choir` file read back: a good pack whose tables an input has edited, its checksums made right again so
- * that what lies behind them is reached. Input: edits of 5 bytes (place, value), then opened as a model, resident
- * and streamed. */
+/* A `.choir` file read back: a good pack whose tables an input has edited, its checksums made right
+ * again so that what lies behind them is reached. Input: edits of 5 bytes (place, value), then
+ * opened as a model, resident and streamed. */
 #include "engine/engine.h"
 #include "engine/pack_file.h"
 #include "tune/tune.h"

@@ -149,7 +149,8 @@ static void test_poisoned_request(void **state)
     end_world(&w);
 }
 
-/* FAULTS 4: who waits for an expert waits alone, until its deadline; it takes no token meanwhile. */
+/* FAULTS 4: who waits for an expert waits alone, until its deadline; it takes no token meanwhile.
+ */
 static void test_late_expert(void **state)
 {
     (void)state;
@@ -343,7 +344,7 @@ static void simulate(uint64_t seed, uint32_t n_pages, uint32_t n_rounds, uint64_
     simulated_engine_shares = false;
     w.engine->poison = POISON;
     if (seed % 2 == 0) w.scheduler->options.outbox_bytes = 2048; /* readers are often too slow */
-    if (seed % 3 == 0) w.engine->late_percent = 20;             /* experts are often late */
+    if (seed % 3 == 0) w.engine->late_percent = 20;              /* experts are often late */
     w.engine->late_state = seed;
     static client clients[N_SLOTS];
     memset(clients, 0, sizeof clients);

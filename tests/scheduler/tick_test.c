@@ -292,7 +292,8 @@ static void test_pages_are_taken_and_given_back(void **state)
     assert_int_equal(w.engine->allowed, SIMULATED_KV_FLOOR);
     uint32_t tokens[160];
     for (uint32_t i = 0; i < 160; i++) tokens[i] = 4 + i % 50;
-    choir_request r = plain_request(tokens, 160, 8, 1), small = plain_request(tokens + 3, 5, 100, 2);
+    choir_request r = plain_request(tokens, 160, 8, 1),
+                  small = plain_request(tokens + 3, 5, 100, 2);
     r.ignore_eos = small.ignore_eos = true;
     answer a = {0}, b = {0};
     choir_stream *s = submit(&w, &r);
