@@ -10,7 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static choir_status open_regular(const char *path, int *out_fd, size_t *out_bytes)
+choir_status choir_file_open(const char *path, int *out_fd, size_t *out_bytes)
 {
     /* O_NONBLOCK: opening a FIFO by mistake must not hang. */
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -37,7 +37,7 @@ choir_status choir_map_open(const char *path, choir_map *out)
     int fd;
     size_t bytes;
     *out = (choir_map){0};
-    CHOIR_TRY(open_regular(path, &fd, &bytes));
+    CHOIR_TRY(choir_file_open(path, &fd, &bytes));
     if (bytes == 0) {
         close(fd);
         return CHOIR_OK;
@@ -57,10 +57,10 @@ void choir_map_close(choir_map *map)
     *map = (choir_map){0};
 }
 
-static choir_status read_fully(int fd, const char *path, char *buffer, size_t bytes)
+choir_status choir_file_read_at(int fd, const char *path, uint64_t offset, void *to, size_t bytes)
 {
     for (size_t done = 0; done < bytes;) {
-        ssize_t n = read(fd, buffer + done, bytes - done);
+        ssize_t n = pread(fd, (char *)to + done, bytes - done, (off_t)(offset + done));
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) return choir_fail(CHOIR_E_IO, "cannot read %s: %m", path);
         if (n == 0)
@@ -75,7 +75,7 @@ choir_status choir_file_read(const char *path, size_t max_bytes, char **out, siz
 {
     int fd;
     size_t bytes;
-    CHOIR_TRY(open_regular(path, &fd, &bytes));
+    CHOIR_TRY(choir_file_open(path, &fd, &bytes));
     choir_status status = CHOIR_OK;
     char *buffer = NULL;
     if (bytes > max_bytes) {
@@ -88,7 +88,7 @@ choir_status choir_file_read(const char *path, size_t max_bytes, char **out, siz
         status = choir_fail(CHOIR_E_NO_MEMORY, "no memory to read %s (%zu bytes)", path, bytes);
         goto done;
     }
-    CHOIR_TRY_TO(done, status, read_fully(fd, path, buffer, bytes));
+    CHOIR_TRY_TO(done, status, choir_file_read_at(fd, path, 0, buffer, bytes));
     buffer[bytes] = '\0';
     *out = buffer;
     *out_bytes = bytes;

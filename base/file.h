@@ -16,6 +16,11 @@ typedef struct choir_map {
 choir_status choir_map_open(const char *path, choir_map *out) CHOIR_MUST_USE;
 void choir_map_close(choir_map *map);
 
+/* A regular file, for reading; close() it. */
+choir_status choir_file_open(const char *path, int *out_fd, size_t *out_bytes) CHOIR_MUST_USE;
+/* All of [offset, offset + bytes), or CHOIR_E_IO, which tells `path` and where the file ended. */
+choir_status choir_file_read_at(int fd, const char *path, uint64_t offset, void *to, size_t bytes)
+    CHOIR_MUST_USE;
 /* Reads a whole file of at most max_bytes; a NUL is put behind it (not counted). choir_free() it. */
 choir_status choir_file_read(const char *path, size_t max_bytes, char **out, size_t *out_bytes)
     CHOIR_MUST_USE;

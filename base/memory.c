@@ -2,9 +2,11 @@
 
 #include <errno.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 /* Counters are relaxed: each is a statistic of its own, read by people. */
 static atomic_size_t bytes_held[CHOIR_MEM_N_TAGS];
@@ -128,6 +130,16 @@ void choir_forget_pages(void *p, size_t bytes)
 size_t choir_memory_bytes(choir_memory_tag tag)
 {
     return atomic_load_explicit(&bytes_held[tag], memory_order_relaxed);
+}
+
+uint64_t choir_memory_resident(void)
+{
+    unsigned long long size = 0, resident = 0;
+    FILE *f = fopen("/proc/self/statm", "re");
+    if (f == NULL) return 0;
+    if (fscanf(f, "%llu %llu", &size, &resident) != 2) resident = 0;
+    fclose(f);
+    return resident * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
 const char *choir_memory_tag_text(choir_memory_tag tag)

@@ -28,6 +28,11 @@ typedef enum choir_memory_tag {
     CHOIR_MEM_N_TAGS
 } choir_memory_tag;
 
+static inline size_t choir_round_up(size_t n, size_t to)
+{
+    return (n + to - 1) / to * to;
+}
+
 void *choir_alloc(choir_memory_tag tag, size_t bytes) CHOIR_MUST_USE;  /* uninitialised, 16-aligned */
 void *choir_calloc(choir_memory_tag tag, size_t n, size_t bytes) CHOIR_MUST_USE; /* zeroed, checked */
 /* Grows or shrinks; `p` may be NULL. On failure NULL, and `p` is untouched. Keeps p's tag. */
@@ -43,6 +48,7 @@ void choir_free_pages(choir_memory_tag tag, void *p, size_t bytes);
 void choir_forget_pages(void *p, size_t bytes);
 
 size_t choir_memory_bytes(choir_memory_tag tag);
+uint64_t choir_memory_resident(void); /* of the whole process, as the kernel counts; 0: it does not say */
 const char *choir_memory_tag_text(choir_memory_tag tag);
 uint64_t choir_memory_n_allocs(void);      /* calls so far, for "a warm step allocates nothing" */
 /* The n-th call from now (1 = next) fails, once; 0 turns it off. Process-wide, for tests. */

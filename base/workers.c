@@ -116,6 +116,12 @@ void choir_workers_sync(choir_workers *w)
 
 uint32_t choir_workers_count(const choir_workers *workers) { return workers->n; }
 
+uint32_t choir_workers_best(void)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > 256 ? 256 : (uint32_t)n;
+}
+
 static choir_status start_helper(choir_workers *w, uint32_t index)
 {
     seat *s = choir_alloc(CHOIR_MEM_OTHER, sizeof *s);

@@ -18,6 +18,7 @@ void choir_workers_run(choir_workers *workers, choir_work work, void *arg);
  * seen by all after. */
 void choir_workers_sync(choir_workers *workers);
 uint32_t choir_workers_count(const choir_workers *workers);
+uint32_t choir_workers_best(void); /* one for each core that is online, 1..256 */
 
 /* The part [*begin, *end) of n items that worker i of k does; multiples of `grain` except the last. */
 static inline void choir_share(uint64_t n, uint64_t grain, uint32_t i, uint32_t k, uint64_t *begin,

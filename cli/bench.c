@@ -137,9 +137,7 @@ static double products_per_token(const choir_model_config *c)
     for (uint32_t role = 0; role < CHOIR_N_ROLES; role++) {
         uint64_t rows, cols;
         choir_role_shape(c, role, &rows, &cols);
-        bool routed = role == CHOIR_ROLE_EXPERT_GATE || role == CHOIR_ROLE_EXPERT_UP ||
-                      role == CHOIR_ROLE_EXPERT_DOWN;
-        double met = routed ? c->n_experts_used : choir_role_count(c, role);
+        double met = choir_role_is_routed(role) ? c->n_experts_used : choir_role_count(c, role);
         for (uint32_t l = 0; l < c->n_layers && rows > 1 && choir_role_per_layer(role); l++)
             if (choir_role_in_layer(c, role, l)) products += met * (double)rows * (double)cols;
     }

@@ -47,6 +47,8 @@ uint64_t choir_cli_kv_bytes_per_token(const choir_model_config *config, bool exa
  * names where they stood. */
 choir_status choir_cli_parse_ids(const char *what, const char *text, uint32_t limit, uint32_t **ids,
                                  size_t *n) CHOIR_MUST_USE;
+/* "q8_0" in any case; NULL is CHOIR_N_DTYPES. False: no such type. */
+bool choir_cli_parse_dtype(const char *text, choir_dtype *out);
 /* Prints and frees an object: one line, or indented. */
 void choir_cli_print_json(json_t *object, bool indented);
 

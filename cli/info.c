@@ -17,25 +17,6 @@ static const choir_option options[] = {
     CHOIR_CLI_SERVER_OPTIONS(values, server),
 };
 
-/* Bytes in memory once loaded: packed matrices as the kernels plan them. */
-static choir_status planned_bytes(const choir_model_file *f, uint64_t *dense, uint64_t *experts)
-{
-    const choir_model_config *c = choir_model_file_config(f);
-    for (uint32_t role = 0; role < CHOIR_N_ROLES; role++) {
-        bool routed = role == CHOIR_ROLE_EXPERT_GATE || role == CHOIR_ROLE_EXPERT_UP ||
-                      role == CHOIR_ROLE_EXPERT_DOWN;
-        for (uint32_t l = 0; l < (choir_role_per_layer(role) ? c->n_layers : 1); l++) {
-            if (!choir_role_in_layer(c, role, l)) continue;
-            for (uint32_t i = 0; i < choir_role_count(c, role); i++) {
-                choir_matrix m;
-                CHOIR_TRY(choir_model_file_plan(f, role, l, i, &m));
-                *(routed ? experts : dense) += m.bytes;
-            }
-        }
-    }
-    return CHOIR_OK;
-}
-
 static void print_json(const choir_model_file *f, const choir_tokenizer *t, uint64_t dense,
                        uint64_t experts)
 {
@@ -222,7 +203,7 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     CHOIR_TRY_TO(done, status, choir_cli_find_model(arguments->positional[0], path, sizeof path));
     CHOIR_TRY_TO(done, status, choir_model_file_open(path, &f));
     CHOIR_TRY_TO(done, status, choir_tokenizer_open(f, &t));
-    CHOIR_TRY_TO(done, status, planned_bytes(f, &dense, &experts));
+    CHOIR_TRY_TO(done, status, choir_model_file_weigh(f, 1, &dense, &experts));
     (v->json ? print_json : print_text)(f, t, dense, experts);
 done:
     choir_tokenizer_destroy(t);

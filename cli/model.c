@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 void choir_cli_cache_folder(char *path, size_t bytes)
 {
@@ -93,6 +94,15 @@ choir_status choir_cli_parse_ids(const char *what, const char *text, uint32_t li
         p = end + strspn(end, between);
     }
     return *n > 0 ? CHOIR_OK : choir_fail(CHOIR_E_INVALID, "%s holds no ids", what);
+}
+
+bool choir_cli_parse_dtype(const char *text, choir_dtype *out)
+{
+    *out = CHOIR_N_DTYPES;
+    if (text == NULL) return true;
+    for (int d = 0; d < CHOIR_N_DTYPES && *out == CHOIR_N_DTYPES; d++)
+        if (strcasecmp(text, choir_dtype_text((choir_dtype)d)) == 0) *out = (choir_dtype)d;
+    return *out != CHOIR_N_DTYPES;
 }
 
 void choir_cli_print_json(json_t *object, bool indented)

@@ -5,7 +5,6 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <strings.h>
 
 typedef struct values {
     const char *out, *quant;
@@ -22,12 +21,8 @@ static const choir_option options[] = {
 
 static bool parse_quant(const char *text, choir_dtype *out)
 {
-    static const choir_dtype known[] = {CHOIR_Q4_0, CHOIR_Q8_0, CHOIR_BF16};
-    *out = CHOIR_N_DTYPES;
-    if (text == NULL) return true;
-    for (int i = 0; i < 3; i++)
-        if (strcasecmp(text, choir_dtype_text(known[i])) == 0) *out = known[i];
-    return *out != CHOIR_N_DTYPES;
+    return choir_cli_parse_dtype(text, out) && (*out == CHOIR_Q4_0 || *out == CHOIR_Q8_0 ||
+                                                *out == CHOIR_BF16 || *out == CHOIR_N_DTYPES);
 }
 
 static choir_status run(void *verb_values, choir_arguments *arguments)

@@ -81,15 +81,6 @@ static choir_status plan_experts(const values *v, plan *p, choir_upcycle_options
     return find_sample(v, "base", p->samples[MAX_EXPERTS], &o->base_sample_text);
 }
 
-static bool parse_quant(const char *text, choir_dtype *out)
-{
-    *out = CHOIR_N_DTYPES;
-    if (text == NULL) return true;
-    for (int d = 0; d < CHOIR_N_DTYPES && *out == CHOIR_N_DTYPES; d++)
-        if (strcasecmp(text, choir_dtype_text((choir_dtype)d)) == 0) *out = (choir_dtype)d;
-    return *out != CHOIR_N_DTYPES;
-}
-
 static choir_status run(void *verb_values, choir_arguments *arguments)
 {
     const values *v = verb_values;
@@ -104,7 +95,7 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     o.shard_bytes = v->shard_size;
     o.n_threads = (uint32_t)v->threads;
     o.show_progress = true;
-    if (!parse_quant(v->quant, &o.dtype))
+    if (!choir_cli_parse_dtype(v->quant, &o.dtype))
         return choir_fail(CHOIR_E_INVALID, "--quant is '%.20s'", v->quant);
     plan *p = choir_calloc(CHOIR_MEM_TUNE, 1, sizeof *p);
     if (p == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the experts' names");
@@ -138,7 +129,7 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     if (strcmp(v->gate_init, "hidden") != 0 && strcmp(v->gate_init, "uniform") != 0)
         return choir_fail(CHOIR_E_INVALID, "--gate-init is '%.20s', must be hidden or uniform",
                           v->gate_init);
-    if (!parse_quant(v->quant, &dtype))
+    if (!choir_cli_parse_dtype(v->quant, &dtype))
         return choir_fail(CHOIR_E_INVALID,
                           "--quant is '%.20s', must be q8_0, q4_1, f16, bf16 or f32", v->quant);
     return CHOIR_OK;

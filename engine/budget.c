@@ -5,8 +5,6 @@
 #include "engine/state.h"
 
 #include <malloc.h>
-#include <stdio.h>
-#include <unistd.h>
 
 /* For what no tag counts: stacks, the allocator's slack, a server's connections. */
 enum { SLACK = 40 << 20, MIN_KV_PAGES = 4 };
@@ -16,43 +14,10 @@ static uint64_t process_bytes(void)
 {
     static const choir_memory_tag models[] = {CHOIR_MEM_WEIGHTS, CHOIR_MEM_EXPERTS, CHOIR_MEM_KV,
                                               CHOIR_MEM_SCRATCH};
-    unsigned long long all = 0, resident = 0;
-    FILE *f = fopen("/proc/self/statm", "re");
-    if (f == NULL || fscanf(f, "%llu %llu", &all, &resident) != 2) resident = 0;
-    if (f != NULL) fclose(f);
-    uint64_t bytes = resident * (uint64_t)sysconf(_SC_PAGESIZE), least = SLACK / 2, others = 0;
+    uint64_t bytes = choir_memory_resident(), least = SLACK / 2, others = 0;
     for (size_t i = 0; i < sizeof models / sizeof *models; i++)
         others += choir_memory_bytes(models[i]);
     return bytes > others + least ? bytes - others : least;
-}
-
-static size_t round_up_64(size_t bytes)
-{
-    return (bytes + 63) & ~(size_t)63;
-}
-
-static bool is_routed(choir_role role)
-{
-    return role == CHOIR_ROLE_EXPERT_GATE || role == CHOIR_ROLE_EXPERT_UP ||
-           role == CHOIR_ROLE_EXPERT_DOWN;
-}
-
-/* Packed bytes of the model: of what every token meets, and of the routed experts. */
-static choir_status weigh(const choir_engine *e, const choir_model_file *file, uint64_t *dense,
-                          uint64_t *experts)
-{
-    const choir_model_config *c = &e->config;
-    *dense = *experts = 0;
-    for (uint32_t role = 0; role < CHOIR_N_ROLES; role++)
-        for (uint32_t l = 0; l < (choir_role_per_layer(role) ? c->n_layers : 1); l++) {
-            if (!choir_role_in_layer(c, role, l)) continue;
-            for (uint32_t i = 0; i < choir_role_count(c, role); i++) {
-                choir_matrix m;
-                CHOIR_TRY(choir_model_file_plan(file, role, l, i, &m));
-                *(is_routed(role) ? experts : dense) += round_up_64(m.bytes);
-            }
-        }
-    return CHOIR_OK;
 }
 
 static choir_status too_small(const choir_engine *e, uint64_t dense, uint64_t scratch,
@@ -83,7 +48,7 @@ choir_status choir_budget_plan(choir_engine *e, const choir_model_file *file)
     uint64_t dense, experts, scratch = choir_step_bytes(e), process,
                              memory = e->options.memory_bytes;
     if (memory == 0) return CHOIR_OK;
-    CHOIR_TRY(weigh(e, file, &dense, &experts));
+    CHOIR_TRY(choir_model_file_weigh(file, 64, &dense, &experts));
     malloc_trim(0); /* what parsing the model's texts took and gave back */
     process = process_bytes() + SLACK;
     uint64_t page = choir_kv_page_bytes(e), wanted = e->options.kv_bytes;

@@ -1,7 +1,6 @@
 #include "engine/state.h"
 
 #include <string.h>
-#include <unistd.h>
 
 static choir_status check_config(const choir_model_config *c)
 {
@@ -18,10 +17,7 @@ static choir_status check_options(choir_engine_options *o)
         return choir_fail(
             CHOIR_E_PRECONDITION, "this CPU (or build) lacks what %s kernels need; its best are %s",
             choir_cpu_level_text(o->level), choir_cpu_level_text(choir_cpu_best_level()));
-    if (o->n_threads == 0) {
-        long n = sysconf(_SC_NPROCESSORS_ONLN);
-        o->n_threads = n < 1 ? 1 : n > 256 ? 256 : (uint32_t)n;
-    }
+    if (o->n_threads == 0) o->n_threads = choir_workers_best();
     if (o->max_rows == 0 || o->max_rows > 65536)
         return choir_fail(CHOIR_E_INVALID, "max_rows is %u, must be 1 to 65536", o->max_rows);
     if (o->max_spans == 0 || o->max_spans > o->max_rows)

@@ -4,7 +4,6 @@
 #include "engine/pack_file.h"
 #include "engine/state.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -49,24 +48,27 @@ static choir_status read_vector(loader *l, choir_role role, uint32_t layer_index
     choir_slice slice;
     choir_tensor t;
     CHOIR_TRY(choir_model_file_slice(l->file, role, layer_index, index, &slice));
-    void *copy = NULL;
-    if (!choir_slice_is_tensor(&slice, &t)) {
-        copy = choir_alloc(CHOIR_MEM_SCRATCH, choir_slice_bytes(&slice));
-        if (copy == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the model's vectors");
-        choir_slice_copy(&slice, copy);
-        t.data = copy;
-    }
+    void *copy;
+    if (!choir_slice_tensor(&slice, CHOIR_MEM_SCRATCH, &t, &copy))
+        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the model's vectors");
     size_t n = (size_t)t.rows * t.cols;
     float *values = choir_arena_alloc(l->engine->vectors, n * sizeof *values);
     if (values != NULL) {
-        for (uint32_t r = 0; r < t.rows; r++) choir_tensor_row(&t, r, values + (size_t)r * t.cols);
-        for (size_t i = 0; choir_model_file_lacks_one(l->file, role) && i < n; i++) values[i] += 1;
+        choir_model_file_expand(l->file, role, &t, values);
         add_to_digest(l, &t, l->n_tensors++);
     }
     choir_free(copy);
     *out = values;
     return values != NULL ? CHOIR_OK
                           : choir_fail(CHOIR_E_NO_MEMORY, "no memory for the model's vectors");
+}
+
+/* How a tensor's matrix will be: as it lies, or packed. */
+static choir_status plan_layout(const loader *l, const choir_tensor *t, choir_matrix *out)
+{
+    if (!l->engine->options.exact) return choir_matrix_plan(t, out);
+    *out = choir_matrix_exact(t);
+    return CHOIR_OK;
 }
 
 /* A pack's matrix; in exact mode it will be f32 again. */
@@ -98,12 +100,8 @@ static choir_status plan_matrix(loader *l, choir_role role, uint32_t layer_index
         return plan_packed(l, role, layer_index, index, out);
     CHOIR_TRY(choir_model_file_slice(l->file, role, layer_index, index, &slice));
     bool in_place = choir_slice_is_tensor(&slice, &t);
-    if (l->engine->options.exact) {
-        *out = choir_matrix_exact(&t);
-        if (!in_place) out->data = NULL;
-    } else {
-        CHOIR_TRY(choir_matrix_plan(&t, out));
-    }
+    CHOIR_TRY(plan_layout(l, &t, out));
+    if (!in_place) out->data = NULL;
     CHOIR_ASSERT(l->n_jobs < l->max_jobs);
     l->jobs[l->n_jobs++] = (job){.source = slice, .matrix = out, .number = l->n_tensors++};
     l->total_bytes += out->bytes;
@@ -135,9 +133,6 @@ static choir_status read_expert_biases(loader *l, uint32_t layer_index, uint32_t
     return CHOIR_OK;
 }
 
-static const choir_role expert_roles[] = {CHOIR_ROLE_EXPERT_GATE, CHOIR_ROLE_EXPERT_UP,
-                                          CHOIR_ROLE_EXPERT_DOWN};
-
 static choir_status place_packed(loader *l, uint32_t layer_index, uint32_t x)
 {
     const choir_pack *pack = choir_model_file_pack(l->file);
@@ -145,14 +140,13 @@ static choir_status place_packed(loader *l, uint32_t layer_index, uint32_t x)
     choir_expert_source source = {
         .packed = true,
         .n_extents = 1,
-        .extents = {{.bytes = (uint32_t)((run->bytes + CHOIR_PACK_PAGE - 1) / CHOIR_PACK_PAGE *
-                                         CHOIR_PACK_PAGE),
+        .extents = {{.bytes = (uint32_t)choir_round_up(run->bytes, CHOIR_PACK_PAGE),
                      .offset = run->offset}},
     };
     choir_expert planned = {0};
     choir_matrix *parts[] = {&planned.gate, &planned.up, &planned.down};
     for (int i = 0; i < CHOIR_EXPERT_PARTS; i++) {
-        const choir_pack_tensor *t = choir_pack_find(pack, expert_roles[i], layer_index, x);
+        const choir_pack_tensor *t = choir_pack_find(pack, choir_expert_roles[i], layer_index, x);
         *parts[i] = choir_pack_matrix(t);
         source.checksums[i] = t->checksum;
     }
@@ -160,34 +154,32 @@ static choir_status place_packed(loader *l, uint32_t layer_index, uint32_t x)
     return choir_experts_place(l->engine->experts, layer_index, x, &planned, &source);
 }
 
+static choir_status place_unpacked(loader *l, uint32_t layer_index, uint32_t x)
+{
+    choir_expert planned = {0};
+    choir_matrix *parts[] = {&planned.gate, &planned.up, &planned.down};
+    choir_slice slices[CHOIR_EXPERT_PARTS];
+    uint64_t digest;
+    for (int i = 0; i < CHOIR_EXPERT_PARTS; i++) {
+        choir_tensor t;
+        CHOIR_TRY(
+            choir_model_file_slice(l->file, choir_expert_roles[i], layer_index, x, &slices[i]));
+        choir_slice_is_tensor(&slices[i], &t); /* its shape, wherever it lies */
+        CHOIR_TRY(plan_layout(l, &t, parts[i]));
+        parts[i]->data = NULL;
+    }
+    CHOIR_TRY(read_expert_biases(l, layer_index, x, &planned));
+    CHOIR_TRY(choir_stream_place(l->engine, l->file, layer_index, x, slices, &planned, &digest));
+    atomic_fetch_add_explicit(&l->digest, digest * (l->n_tensors++ | 1), memory_order_relaxed);
+    return CHOIR_OK;
+}
+
 /* Streamed experts are not read now: the store learns where they lie. */
 static choir_status place_experts(loader *l, uint32_t layer_index)
 {
-    choir_engine *e = l->engine;
-    for (uint32_t x = 0; x < e->config.n_experts; x++) {
-        choir_expert planned = {0};
-        choir_matrix *parts[] = {&planned.gate, &planned.up, &planned.down};
-        choir_slice slices[3];
-        uint64_t digest;
-        if (choir_model_file_pack(l->file) != NULL) {
-            CHOIR_TRY(place_packed(l, layer_index, x));
-            continue;
-        }
-        for (int i = 0; i < 3; i++) {
-            choir_tensor t;
-            CHOIR_TRY(
-                choir_model_file_slice(l->file, expert_roles[i], layer_index, x, &slices[i]));
-            choir_slice_is_tensor(&slices[i], &t); /* its shape, wherever it lies */
-            if (e->options.exact)
-                *parts[i] = choir_matrix_exact(&t);
-            else
-                CHOIR_TRY(choir_matrix_plan(&t, parts[i]));
-            parts[i]->data = NULL;
-        }
-        CHOIR_TRY(read_expert_biases(l, layer_index, x, &planned));
-        CHOIR_TRY(choir_stream_place(e, l->file, layer_index, x, slices, &planned, &digest));
-        atomic_fetch_add_explicit(&l->digest, digest * (l->n_tensors++ | 1), memory_order_relaxed);
-    }
+    bool packed = choir_model_file_pack(l->file) != NULL;
+    for (uint32_t x = 0; x < l->engine->config.n_experts; x++)
+        CHOIR_TRY((packed ? place_packed : place_unpacked)(l, layer_index, x));
     return CHOIR_OK;
 }
 
@@ -203,7 +195,7 @@ static choir_status plan_experts(loader *l, uint32_t layer_index)
         choir_matrix *parts[] = {&experts[x].gate, &experts[x].up, &experts[x].down};
         for (int i = 0; i < 3; i++)
             CHOIR_TRY_TO(done, status,
-                         plan_matrix(l, expert_roles[i], layer_index, x, parts[i]));
+                         plan_matrix(l, choir_expert_roles[i], layer_index, x, parts[i]));
         CHOIR_TRY_TO(done, status, read_expert_biases(l, layer_index, x, &experts[x]));
     }
     CHOIR_TRY_TO(done, status, choir_experts_reserve(e->experts, layer_index, experts));
@@ -337,7 +329,7 @@ static choir_status place_dense(loader *l)
     choir_engine *e = l->engine;
     size_t total = 0;
     for (uint32_t i = 0; i < l->n_jobs; i++)
-        if (l->jobs[i].matrix->data == NULL) total += (l->jobs[i].matrix->bytes + 63) & ~(size_t)63;
+        if (l->jobs[i].matrix->data == NULL) total += choir_round_up(l->jobs[i].matrix->bytes, 64);
     if (total > 0) {
         e->weights = choir_alloc_pages(CHOIR_MEM_WEIGHTS, total);
         if (e->weights == NULL)
@@ -350,21 +342,9 @@ static choir_status place_dense(loader *l)
             (choir_matrix *)l->jobs[i].matrix; /* the engine's own, still being made */
         if (m->data != NULL) continue;
         m->data = at;
-        at += (m->bytes + 63) & ~(size_t)63;
+        at += choir_round_up(m->bytes, 64);
     }
     return CHOIR_OK;
-}
-
-/* False: it cannot be read, or ends early. */
-static bool read_whole(int fd, uint64_t offset, void *to, size_t bytes)
-{
-    for (size_t done = 0; done < bytes;) {
-        ssize_t n = pread(fd, (char *)to + done, bytes - done, (off_t)(offset + done));
-        if (n == 0 || (n < 0 && errno != EINTR)) return false;
-        if (n > 0) done += (size_t)n;
-    }
-    posix_fadvise(fd, (off_t)offset, (off_t)bytes, POSIX_FADV_DONTNEED);
-    return true;
 }
 
 static void expand(const choir_matrix *packed, const choir_matrix *exact)
@@ -381,10 +361,10 @@ static choir_status read_packed(loader *l, const job *j)
     void *copy = exact ? choir_alloc_pages(CHOIR_MEM_SCRATCH, packed.bytes) : NULL;
     if (exact && copy == NULL) return CHOIR_E_NO_MEMORY;
     void *to = exact ? copy : (void *)j->matrix->data;
-    choir_status status = CHOIR_OK;
-    if (!read_whole(l->pack_fd, j->packed->offset, to, packed.bytes))
-        status = CHOIR_E_IO;
-    else if (XXH3_64bits(to, packed.bytes) != j->packed->checksum)
+    choir_status status =
+        choir_file_read_at(l->pack_fd, l->engine->path, j->packed->offset, to, packed.bytes);
+    posix_fadvise(l->pack_fd, (off_t)j->packed->offset, (off_t)packed.bytes, POSIX_FADV_DONTNEED);
+    if (status == CHOIR_OK && XXH3_64bits(to, packed.bytes) != j->packed->checksum)
         status = CHOIR_E_DATA_LOSS;
     packed.data = to;
     if (exact && status == CHOIR_OK) expand(&packed, j->matrix);
@@ -483,9 +463,8 @@ choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *
     }
     CHOIR_TRY_TO(done, status, choir_arena_create(CHOIR_MEM_WEIGHTS, 1 << 20, &e->vectors));
     if (choir_model_file_pack(file) != NULL) {
-        l.pack_fd = open(e->path, O_RDONLY | O_CLOEXEC);
-        if (l.pack_fd < 0)
-            CHOIR_TRY_TO(done, status, choir_fail(CHOIR_E_IO, "cannot open %s: %m", e->path));
+        size_t bytes;
+        CHOIR_TRY_TO(done, status, choir_file_open(e->path, &l.pack_fd, &bytes));
     }
     CHOIR_TRY_TO(done, status, create_store(e, file));
     CHOIR_TRY_TO(done, status, plan_all(&l));

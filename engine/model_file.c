@@ -391,16 +391,9 @@ static void look_at_tensors(choir_model_file *f)
  */
 static choir_status check_tensors(choir_model_file *f)
 {
-    const choir_model_config *c = &f->config;
-    for (uint32_t role = 0; role < CHOIR_N_ROLES; role++) {
-        uint32_t n_layers = choir_role_per_layer(role) ? c->n_layers : 1;
-        choir_slice slice;
-        for (uint32_t l = 0; l < n_layers; l++) {
-            if (!choir_role_in_layer(c, role, l)) continue;
-            for (uint32_t i = 0; i < choir_role_count(c, role); i++)
-                CHOIR_TRY(choir_model_file_slice(f, role, l, i, &slice));
-        }
-    }
+    choir_slice slice;
+    for (choir_role_place at = {0}; choir_next_tensor(&f->config, &at);)
+        CHOIR_TRY(choir_model_file_slice(f, at.role, at.layer, at.index, &slice));
     return CHOIR_OK;
 }
 
@@ -773,7 +766,7 @@ choir_status choir_model_file_plan(const choir_model_file *f, choir_role role, u
     }
     CHOIR_TRY(choir_model_file_slice(f, role, layer, index, &slice));
     choir_slice_is_tensor(&slice, &t); /* its shape, wherever it lies */
-    if (choir_role_is_vector(role) || role == CHOIR_ROLE_ROUTER) {
+    if (choir_role_is_f32(role)) {
         const choir_tensor f32 = {CHOIR_F32, t.rows, t.cols, NULL,
                                   (size_t)t.rows * t.cols * sizeof(float)};
         *out = choir_matrix_exact(&f32);
@@ -784,7 +777,8 @@ choir_status choir_model_file_plan(const choir_model_file *f, choir_role role, u
     return CHOIR_OK;
 }
 
-bool choir_model_file_lacks_one(const choir_model_file *f, choir_role role)
+/* Gemma's folders have norm weights less one; its GGUF files have them whole, and packs as well. */
+static bool lacks_one(const choir_model_file *f, choir_role role)
 {
     static const uint64_t norms = CHOIR_ROLE_BIT(OUTPUT_NORM) | CHOIR_ROLE_BIT(ATTN_NORM) |
                                   CHOIR_ROLE_BIT(ATTN_POST_NORM) | CHOIR_ROLE_BIT(FFN_NORM) |
@@ -792,6 +786,26 @@ bool choir_model_file_lacks_one(const choir_model_file *f, choir_role role)
                                   CHOIR_ROLE_BIT(ATTN_K_NORM);
     return f->config.family->norms_less_one && f->pack == NULL && f->gguf == NULL &&
            (norms >> role & 1) != 0;
+}
+
+void choir_model_file_expand(const choir_model_file *f, choir_role role, const choir_tensor *t,
+                             float *out)
+{
+    for (uint32_t r = 0; r < t->rows; r++) choir_tensor_row(t, r, out + (size_t)r * t->cols);
+    bool less = lacks_one(f, role);
+    for (size_t i = 0; less && i < (size_t)t->rows * t->cols; i++) out[i] += 1;
+}
+
+choir_status choir_model_file_weigh(const choir_model_file *f, size_t align, uint64_t *dense,
+                                    uint64_t *experts)
+{
+    *dense = *experts = 0;
+    for (choir_role_place at = {0}; choir_next_tensor(&f->config, &at);) {
+        choir_matrix m;
+        CHOIR_TRY(choir_model_file_plan(f, at.role, at.layer, at.index, &m));
+        *(choir_role_is_routed(at.role) ? experts : dense) += choir_round_up(m.bytes, align);
+    }
+    return CHOIR_OK;
 }
 
 uint32_t choir_model_file_n_parts(const choir_model_file *f)

@@ -93,7 +93,18 @@ bool choir_role_optional(choir_role role);
 bool choir_role_is_vector(choir_role role);
 /* 1, or the number of experts or heads that have each their own. */
 uint32_t choir_role_count(const choir_model_config *config, choir_role role);
+bool choir_role_is_routed(choir_role role); /* a matrix of routed experts */
+bool choir_role_is_f32(choir_role role);    /* vectors, and gates, which decide by small margins */
+extern const choir_role choir_expert_roles[3]; /* gate, up, down */
 const char *choir_role_text(choir_role role); /* "ATTN_Q" */
+
+/* Every tensor of a configuration, by role, layer and index: start from zeros; false: there is no further. */
+typedef struct choir_role_place {
+    choir_role role;
+    uint32_t layer, index;
+    bool begun;
+} choir_role_place;
+bool choir_next_tensor(const choir_model_config *config, choir_role_place *at);
 
 /* A matrix or vector as it lies in a file, perhaps as a part of a larger tensor: every other row of it, one
  * head's, or its transpose. A view, like choir_tensor. */
@@ -117,6 +128,9 @@ bool choir_slice_is_tensor(const choir_slice *slice, choir_tensor *out);
 void choir_slice_forget(const choir_slice *slice);
 /* Writes choir_slice_bytes() bytes, row after row. */
 void choir_slice_copy(const choir_slice *slice, void *out);
+/* As a tensor, where it lies or else as a copy, which choir_free(*copy) ends. False: no memory. */
+bool choir_slice_tensor(const choir_slice *slice, choir_memory_tag tag, choir_tensor *out,
+                        void **copy) CHOIR_MUST_USE;
 
 typedef struct choir_model_file choir_model_file;
 typedef struct choir_gguf choir_gguf; /* engine/gguf.h, for the tokenizer's metadata */
@@ -145,8 +159,13 @@ choir_status choir_model_file_slice(const choir_model_file *file, choir_role rol
 choir_status choir_model_file_tensor(const choir_model_file *file, choir_role role, uint32_t layer,
                                      uint32_t index, choir_tensor *out) CHOIR_MUST_USE;
 
-/* Norm weights that lie less one, as those of Gemma's folders do. */
-bool choir_model_file_lacks_one(const choir_model_file *file, choir_role role);
+/* A role's tensor as f32, [rows, cols]: norms that lie less one, as those of Gemma's folders do, are whole. */
+void choir_model_file_expand(const choir_model_file *file, choir_role role, const choir_tensor *tensor,
+                             float *out);
+/* Bytes of all matrices as planned, each filled up to a multiple of `align`: of what every token meets, and
+ * of the routed experts. */
+choir_status choir_model_file_weigh(const choir_model_file *file, size_t align, uint64_t *dense,
+                                    uint64_t *experts) CHOIR_MUST_USE;
 
 /* The files that the tensors lie in, and where in which a slice's bytes are; false: not in a file. */
 uint32_t choir_model_file_n_parts(const choir_model_file *file);

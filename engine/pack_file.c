@@ -1,11 +1,8 @@
 #include "engine/pack_file.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 #include <xxhash.h>
 
@@ -25,28 +22,21 @@ typedef struct source {
     const char *name;
     int fd; /* -1: memory */
     const uint8_t *data;
-    uint64_t bytes;
+    size_t bytes;
 } source;
 
 static choir_status read_at(const source *s, uint64_t offset, void *to, size_t bytes)
 {
     if (offset > s->bytes || bytes > s->bytes - offset)
         return choir_fail(CHOIR_E_FORMAT,
-                          "%s ends at byte %" PRIu64 ", and %zu are wanted at %" PRIu64
+                          "%s ends at byte %zu, and %zu are wanted at %" PRIu64
                           " (is it truncated?)",
                           s->name, s->bytes, bytes, offset);
     if (s->fd < 0) {
         memcpy(to, s->data + offset, bytes);
         return CHOIR_OK;
     }
-    for (size_t done = 0; done < bytes;) {
-        ssize_t n = pread(s->fd, (char *)to + done, bytes - done, (off_t)(offset + done));
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return choir_fail(CHOIR_E_IO, "cannot read %s: %m", s->name);
-        if (n == 0) return choir_fail(CHOIR_E_IO, "%s became shorter while it was read", s->name);
-        done += (size_t)n;
-    }
-    return CHOIR_OK;
+    return choir_file_read_at(s->fd, s->name, offset, to, bytes);
 }
 
 static choir_status bad(const source *s, const char *field, uint64_t value)
@@ -76,8 +66,7 @@ static choir_status read_header(const source *s, choir_pack_header *h)
     if (h->page_bytes != CHOIR_PACK_PAGE) return bad(s, "page_bytes", h->page_bytes);
     if (h->file_bytes != s->bytes)
         return choir_fail(CHOIR_E_FORMAT,
-                          "%s has %" PRIu64 " bytes, its header says %" PRIu64
-                          " (is it truncated?)",
+                          "%s has %zu bytes, its header says %" PRIu64 " (is it truncated?)",
                           s->name, s->bytes, h->file_bytes);
     uint64_t least = h->n_tensors * (uint64_t)sizeof(choir_pack_tensor) +
                      h->n_runs * (uint64_t)sizeof(choir_pack_run) +
@@ -189,24 +178,10 @@ choir_status choir_pack_parse(const char *name, const void *data, size_t bytes, 
     return open_source(&(source){name, -1, data, bytes}, out);
 }
 
-static int open_regular(const char *path, uint64_t *bytes)
-{
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return -1;
-    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
-        close(fd);
-        return -1;
-    }
-    *bytes = (uint64_t)st.st_size;
-    return fd;
-}
-
 choir_status choir_pack_open(const char *path, choir_pack **out)
 {
     source s = {.name = path};
-    s.fd = open_regular(path, &s.bytes);
-    if (s.fd < 0) return choir_fail(CHOIR_E_IO, "cannot open %s: %m", path);
+    CHOIR_TRY(choir_file_open(path, &s.fd, &s.bytes));
     choir_status status = open_source(&s, out);
     close(s.fd);
     return status;
@@ -215,9 +190,9 @@ choir_status choir_pack_open(const char *path, choir_pack **out)
 bool choir_pack_is(const char *path)
 {
     char magic[8];
-    uint64_t bytes;
-    int fd = open_regular(path, &bytes);
-    if (fd < 0) return false;
+    size_t bytes;
+    int fd;
+    if (choir_file_open(path, &fd, &bytes) != CHOIR_OK) return false;
     bool is =
         pread(fd, magic, sizeof magic, 0) == (ssize_t)sizeof magic &&
         (memcmp(magic, CHOIR_PACK_MAGIC, 8) == 0 || memcmp(magic, CHOIR_PACK_UNFINISHED, 8) == 0);
@@ -303,7 +278,7 @@ static choir_status check_role(const choir_pack *p, const choir_model_config *c,
                           "%s: %s of layer %u is [%u, %u], the configuration wants [%" PRIu64
                           ", %" PRIu64 "]",
                           p->name, choir_role_text(role), layer, t->rows, t->cols, rows, cols);
-    bool exact = choir_role_is_vector(role) || role == CHOIR_ROLE_ROUTER;
+    bool exact = choir_role_is_f32(role);
     if (exact != (t->layout == CHOIR_LAYOUT_EXACT))
         return choir_fail(CHOIR_E_FORMAT, "%s: %s of layer %u has layout %u", p->name,
                           choir_role_text(role), layer, t->layout);
@@ -323,14 +298,12 @@ static choir_status check_role(const choir_pack *p, const choir_model_config *c,
 
 static choir_status check_run(const choir_pack *p, uint32_t layer, uint32_t expert)
 {
-    static const choir_role parts[] = {CHOIR_ROLE_EXPERT_GATE, CHOIR_ROLE_EXPERT_UP,
-                                       CHOIR_ROLE_EXPERT_DOWN};
     const choir_pack_run *r = choir_pack_find_run(p, layer, expert);
     uint64_t at = 0;
     for (int i = 0; r != NULL && i < 3; i++) {
-        const choir_pack_tensor *t = choir_pack_find(p, parts[i], layer, expert);
+        const choir_pack_tensor *t = choir_pack_find(p, choir_expert_roles[i], layer, expert);
         if (t->offset != r->offset + at) r = NULL;
-        at += (t->bytes + 63) & ~UINT64_C(63);
+        at += choir_round_up(t->bytes, 64);
     }
     if (r == NULL || r->bytes != at)
         return choir_fail(CHOIR_E_FORMAT, "%s: expert %u of layer %u is not one run", p->name,
@@ -341,12 +314,8 @@ static choir_status check_run(const choir_pack *p, uint32_t layer, uint32_t expe
 choir_status choir_pack_check(const choir_pack *p, const choir_model_config *c)
 {
     uint64_t n = 0, n_runs = 0;
-    for (uint32_t role = 0; role < CHOIR_N_ROLES; role++)
-        for (uint32_t l = 0; l < (choir_role_per_layer(role) ? c->n_layers : 1); l++) {
-            if (!choir_role_in_layer(c, role, l)) continue;
-            for (uint32_t i = 0; i < choir_role_count(c, role); i++, n++)
-                CHOIR_TRY(check_role(p, c, role, l, i));
-        }
+    for (choir_role_place at = {0}; choir_next_tensor(c, &at); n++)
+        CHOIR_TRY(check_role(p, c, at.role, at.layer, at.index));
     for (uint32_t l = 0; l < c->n_layers; l++)
         for (uint32_t x = 0; (c->layers[l] & CHOIR_LAYER_MOE) != 0 && x < c->n_experts;
              x++, n_runs++)

@@ -146,6 +146,33 @@ const char *choir_role_text(choir_role role)
     return roles[role].text;
 }
 
+const choir_role choir_expert_roles[3] = {CHOIR_ROLE_EXPERT_GATE, CHOIR_ROLE_EXPERT_UP,
+                                          CHOIR_ROLE_EXPERT_DOWN};
+
+bool choir_role_is_routed(choir_role role)
+{
+    return roles[role].where == EXPERT && !choir_role_is_vector(role);
+}
+
+bool choir_role_is_f32(choir_role role)
+{
+    return choir_role_is_vector(role) || role == CHOIR_ROLE_ROUTER;
+}
+
+bool choir_next_tensor(const choir_model_config *c, choir_role_place *at)
+{
+    if (at->begun) at->index++;
+    at->begun = true;
+    for (; at->role < CHOIR_N_ROLES; at->role++, at->layer = 0) {
+        uint32_t n_layers = choir_role_per_layer(at->role) ? c->n_layers : 1;
+        for (; at->layer < n_layers; at->layer++, at->index = 0)
+            if (choir_role_in_layer(c, at->role, at->layer) &&
+                at->index < choir_role_count(c, at->role))
+                return true;
+    }
+    return false;
+}
+
 uint32_t choir_role_count(const choir_model_config *c, choir_role role)
 {
     switch (roles[role].where) {
@@ -236,4 +263,15 @@ void choir_slice_copy(const choir_slice *s, void *out)
                 memcpy(to + c * size, row + c * s->col_stride, size);
         }
     }
+}
+
+bool choir_slice_tensor(const choir_slice *s, choir_memory_tag tag, choir_tensor *out, void **copy)
+{
+    *copy = NULL;
+    if (choir_slice_is_tensor(s, out)) return true;
+    *copy = choir_alloc(tag, choir_slice_bytes(s));
+    if (*copy == NULL) return false;
+    choir_slice_copy(s, *copy);
+    out->data = *copy;
+    return true;
 }

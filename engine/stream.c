@@ -80,10 +80,10 @@ bool choir_stream_unpack(void *engine, uint32_t layer_index, uint32_t expert, ui
 {
     choir_engine *e = engine;
     const expert_slices *x = &e->slices[(size_t)layer_index * e->config.n_experts + expert];
-    const choir_matrix *m = part == 0 ? &into->gate : part == 1 ? &into->up : &into->down;
+    const choir_matrix *m = choir_expert_part(into, part);
     choir_slice slice = x->parts[part];
     choir_tensor t;
-    void *copy = NULL;
+    void *copy;
     slice.data = staged[part];
     if (slice.scales != NULL) { /* their extents follow the parts', of those that have some */
         uint32_t at = PARTS;
@@ -94,12 +94,7 @@ bool choir_stream_unpack(void *engine, uint32_t layer_index, uint32_t expert, ui
         choir_slice_copy(&slice, (void *)m->data);
         return true;
     }
-    if (!choir_slice_is_tensor(&slice, &t)) {
-        copy = choir_alloc(CHOIR_MEM_SCRATCH, choir_slice_bytes(&slice));
-        if (copy == NULL) return false;
-        choir_slice_copy(&slice, copy);
-        t.data = copy;
-    }
+    if (!choir_slice_tensor(&slice, CHOIR_MEM_SCRATCH, &t, &copy)) return false;
     choir_matrix_pack(m, &t, (void *)m->data, 0, m->rows);
     choir_free(copy);
     return true;

@@ -7,7 +7,7 @@
  *         CHOIR_E_DATA_LOSS (unreadable or damaged after retries), CHOIR_E_UNAVAILABLE (the disk stalls).
  * LIMITS  Every pin is paired with one unpin; the view ends there. What is pinned is never evicted, and
  *         bytes whose checksum is wrong are never handed out.
- * NEXT    engine/moe.c; experts/store.c for the slots' states, experts/disk.h for the reads,
+ * NEXT    engine/moe.c; experts/store.h for the slots' states, experts/disk.h for the reads,
  *         experts/policy.h for who is evicted */
 #pragma once
 #include "base/base.h"
@@ -21,6 +21,11 @@ typedef struct choir_expert {
     choir_matrix gate, up, down; /* [ffn, hidden], [ffn, hidden], [hidden, ffn] */
     const float *gate_bias, *up_bias, *down_bias; /* NULL, or [ffn], [ffn], [hidden]; the caller's */
 } choir_expert;
+
+static inline const choir_matrix *choir_expert_part(const choir_expert *expert, uint32_t part)
+{
+    return part == 0 ? &expert->gate : part == 1 ? &expert->up : &expert->down;
+}
 
 /* Turns bytes as a file has them into the kernels' layout: staged[i] is the first byte of extent i, `into`
  * has its data in place; part 0 is the gate, 1 up, 2 down. Any worker. False: no memory, and the expert is
@@ -113,8 +118,9 @@ bool choir_experts_pending(const choir_experts *store);
 /* Between collect and admit, all parts, each on any worker: sees to it that what was read is right. */
 void choir_experts_check(choir_experts *store, uint32_t layer, uint32_t expert, uint32_t part);
 uint32_t choir_experts_n_in_flight(const choir_experts *store); /* reads, those not sent yet included */
-/* Pinned until release(); NULL: it was damaged and is read again, collect() will give it. */
+/* True: a collected expert that has to be checked before it is admitted. */
 bool choir_experts_unchecked(const choir_experts *store, uint32_t layer, uint32_t expert);
+/* Pinned until release(); NULL: it was damaged and is read again, collect() will give it. */
 const choir_expert *choir_experts_admit(choir_experts *store, uint32_t layer, uint32_t expert);
 void choir_experts_release(choir_experts *store, uint32_t layer, uint32_t expert);
 /* Ends a request: the experts that did not come, and why. */

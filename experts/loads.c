@@ -12,12 +12,16 @@ static uint64_t tag_of(const choir_experts *store, const slot *s)
     return (uint64_t)s->generation << 32 | (uint32_t)(s - store->slots);
 }
 
+static int32_t free_staging(const choir_experts *store)
+{
+    for (uint32_t i = 0; i < store->n_stagings; i++)
+        if (!store->stagings[i].taken) return (int32_t)i;
+    return NONE;
+}
+
 bool load_can_begin(const choir_experts *store, const entry *e)
 {
-    if (e->source.packed) return true;
-    for (uint32_t i = 0; i < store->n_stagings; i++)
-        if (!store->stagings[i].taken) return true;
-    return false;
+    return e->source.packed || free_staging(store) != NONE;
 }
 
 bool loads_spare_staging(const choir_experts *store)
@@ -29,13 +33,10 @@ bool loads_spare_staging(const choir_experts *store)
 
 static int32_t take_staging(choir_experts *store)
 {
-    for (uint32_t i = 0; i < store->n_stagings; i++)
-        if (!store->stagings[i].taken) {
-            store->stagings[i].taken = true;
-            return (int32_t)i;
-        }
-    CHOIR_ASSERT(!"a staging buffer is free");
-    return NONE;
+    int32_t i = free_staging(store);
+    CHOIR_ASSERT(i != NONE);
+    store->stagings[i].taken = true;
+    return i;
 }
 
 void load_end_staging(choir_experts *store, slot *s)
@@ -198,7 +199,7 @@ void load_check(choir_experts *store, slot *s, uint32_t part)
     choir_expert_place_run(&into, s->data);
     bool good;
     if (e->source.packed) {
-        const choir_matrix *m = part == 0 ? &into.gate : part == 1 ? &into.up : &into.down;
+        const choir_matrix *m = choir_expert_part(&into, part);
         good = XXH3_64bits(m->data, m->bytes) == e->source.checksums[part];
     } else {
         const uint8_t *staged[CHOIR_EXPERT_EXTENTS];

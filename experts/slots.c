@@ -22,7 +22,6 @@ void slot_move(choir_experts *store, slot *s, slot_state to)
     if (to == SLOT_FREE) {
         e->expert.gate.data = e->expert.up.data = e->expert.down.data = NULL;
         e->slot = NONE;
-        store->slabs[s->slab].n_free++;
         store->n_slots_used--;
         store->free_slots[store->n_free_slots++] = (uint32_t)(s - store->slots);
     }
@@ -79,7 +78,6 @@ static bool add_slab(choir_experts *store)
     b->data = choir_alloc_pages(CHOIR_MEM_EXPERTS, store->slab_bytes);
     if (b->data == NULL) return false; /* what is held must do */
     store->disk->use_memory(store->disk, b->data, store->slab_bytes, true);
-    b->n_free = store->slots_per_slab;
     store->n_slabs_held++;
     for (uint32_t j = store->slots_per_slab; j-- > 0;) {
         uint32_t number = i * store->slots_per_slab + j;
@@ -128,7 +126,6 @@ slot *slots_take_free(choir_experts *store)
     if (store->n_slabs_held > store->n_slabs_allowed) return NULL; /* what becomes free goes back */
     if (store->n_free_slots == 0 && !add_slab(store)) return NULL;
     slot *s = &store->slots[store->free_slots[--store->n_free_slots]];
-    store->slabs[s->slab].n_free--;
     store->n_slots_used++;
     return s;
 }

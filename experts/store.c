@@ -62,23 +62,19 @@ void choir_experts_destroy(choir_experts *store)
     choir_free(store);
 }
 
-static size_t round_up_64(size_t bytes)
-{
-    return (bytes + 63) & ~(size_t)63;
-}
-
 size_t choir_expert_run_bytes(const choir_expert *planned)
 {
-    return round_up_64(planned->gate.bytes) + round_up_64(planned->up.bytes) +
-           round_up_64(planned->down.bytes);
+    return choir_round_up(planned->gate.bytes, 64) + choir_round_up(planned->up.bytes, 64) +
+           choir_round_up(planned->down.bytes, 64);
 }
 
 void choir_expert_place_run(choir_expert *planned, void *data)
 {
     uint8_t *at = data;
     planned->gate.data = at;
-    planned->up.data = at + round_up_64(planned->gate.bytes);
-    planned->down.data = at + round_up_64(planned->gate.bytes) + round_up_64(planned->up.bytes);
+    planned->up.data = at + choir_round_up(planned->gate.bytes, 64);
+    planned->down.data =
+        at + choir_round_up(planned->gate.bytes, 64) + choir_round_up(planned->up.bytes, 64);
 }
 
 /* -- all resident -- */
@@ -89,7 +85,7 @@ static size_t own_bytes(const choir_expert *expert)
     const choir_matrix *parts[] = {&expert->gate, &expert->up, &expert->down};
     size_t total = 0;
     for (int i = 0; i < 3; i++)
-        if (parts[i]->data == NULL) total += round_up_64(parts[i]->bytes);
+        if (parts[i]->data == NULL) total += choir_round_up(parts[i]->bytes, 64);
     return total;
 }
 
@@ -99,7 +95,7 @@ static char *place_own(choir_expert *expert, char *at)
     for (int i = 0; i < 3; i++) {
         if (parts[i]->data != NULL) continue;
         parts[i]->data = at;
-        at += round_up_64(parts[i]->bytes);
+        at += choir_round_up(parts[i]->bytes, 64);
     }
     return at;
 }

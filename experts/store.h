@@ -24,7 +24,7 @@ enum { PART_UNCHECKED, PART_GOOD, PART_DAMAGED };
 enum { NONE = -1, MAX_TRIES = 3, MAX_GUESSES = 64 };
 
 /* What has become of a wanted expert. */
-typedef enum want { WANT_NOTHING, WANT_COLD, WANT_AWAITED, WANT_GIVEN } want;
+typedef enum want { WANT_COLD, WANT_AWAITED, WANT_GIVEN } want;
 
 typedef struct entry {
     choir_expert expert; /* data is NULL while it is in no slot */
@@ -51,7 +51,6 @@ typedef struct slot {
 /* Slots come and go by slabs, so that memory can be given back. */
 typedef struct slab {
     uint8_t *data; /* NULL: not held */
-    uint32_t n_free;
 } slab;
 
 /* A layer's experts lie in one region, so that large pages are not wasted on small experts. */
@@ -69,6 +68,12 @@ typedef struct wanted {
     uint32_t expert;
     want state;
 } wanted;
+
+/* A slot that may go, and what its expert is worth. */
+typedef struct victim {
+    double value;
+    uint32_t slot;
+} victim;
 
 struct choir_experts {
     choir_experts_options options;
@@ -91,7 +96,7 @@ struct choir_experts {
     uint32_t n_slots_used;
     uint32_t *free_slots, n_free_slots; /* of held slabs */
     uint32_t *sending, n_sending;       /* LOADING slots with extents that the disk had no room for */
-    struct victim *victims;             /* scratch, one for each slot */
+    victim *victims;                    /* scratch, one for each slot */
     staging *stagings;
     uint8_t *staging_data;
     uint32_t n_stagings;
@@ -120,16 +125,8 @@ static inline entry *entry_at(const choir_experts *store, uint32_t layer, uint32
     CHOIR_ASSERT(layer < store->n_layers && expert < store->n_experts);
     return &store->entries[(size_t)layer * store->n_experts + expert];
 }
-static inline size_t choir_round_up(size_t n, size_t to)
-{
-    return (n + to - 1) / to * to;
-}
 
 /* experts/slots.c */
-typedef struct victim {
-    double value;
-    uint32_t slot;
-} victim;
 void slot_move(choir_experts *store, slot *s, slot_state to);
 /* Sorts the slots that may be evicted, coldest first, into store->victims. */
 uint32_t slots_find_victims(choir_experts *store);

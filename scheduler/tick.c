@@ -373,7 +373,7 @@ enum { HEAT_TICKS = 4 }; /* the heat is copied every so many */
 static void publish_heat(choir_scheduler *s)
 {
     const choir_step_engine *e = &s->engine;
-    if (s->published_heat == NULL || s->stats.n_steps % HEAT_TICKS != 1 % HEAT_TICKS) return;
+    if (s->published_heat == NULL || s->stats.n_steps % HEAT_TICKS != 1) return;
     pthread_mutex_lock(&s->lock);
     for (uint32_t l = 0; l < e->n_layers; l++)
         for (uint32_t x = 0; x < e->n_experts; x++)

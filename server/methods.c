@@ -326,16 +326,6 @@ static void fill_stats(const choir_server_model *model, Choir__V1__ModelStats *t
     }
 }
 
-static uint64_t resident_bytes(void)
-{
-    unsigned long long size = 0, resident = 0;
-    FILE *f = fopen("/proc/self/statm", "re");
-    if (f == NULL) return 0;
-    if (fscanf(f, "%llu %llu", &size, &resident) != 2) resident = 0;
-    fclose(f);
-    return resident * (uint64_t)sysconf(_SC_PAGESIZE);
-}
-
 static void fill_server_stats(choir_server *s, Choir__V1__ServerStats *to)
 {
     choir__v1__server_stats__init(to);
@@ -346,7 +336,7 @@ static void fill_server_stats(choir_server *s, Choir__V1__ServerStats *to)
     to->refused_calls = atomic_load(&s->n_refused);
     to->internal_errors = atomic_load(&s->n_internal);
     to->draining = atomic_load(&s->phase) > CHOIR_PHASE_SERVING;
-    to->resident_bytes = resident_bytes();
+    to->resident_bytes = choir_memory_resident();
 }
 
 static void reply_stats(choir_call *call, const choir_server_model *only, bool want_heat)

@@ -20,8 +20,8 @@ enum { CHECKPOINT = 256 << 20, CHUNK = 16 << 20, MAX_TEXT = 512 << 20 };
 
 /* What is written at once: a vector or matrix, or an expert's three. */
 typedef struct unit {
-    uint32_t first_tensor, n_tensors; /* in the tables */
-    int64_t run;                      /* -1, or in the tables */
+    uint32_t first_tensor; /* in the tables */
+    int64_t run;           /* -1, or in the tables */
     uint64_t offset, bytes;
 } unit;
 
@@ -118,17 +118,6 @@ static choir_status collect_texts(const packer *p, text *texts, uint32_t *n)
 
 /* -- the plan -- */
 
-static bool is_exact(choir_role role)
-{
-    return choir_role_is_vector(role) || role == CHOIR_ROLE_ROUTER;
-}
-
-static bool is_routed(choir_role role)
-{
-    return role == CHOIR_ROLE_EXPERT_GATE || role == CHOIR_ROLE_EXPERT_UP ||
-           role == CHOIR_ROLE_EXPERT_DOWN;
-}
-
 /* The matrix as it will be in the file: another type where --quant wants it and its rows allow. */
 static choir_dtype target_dtype(const packer *p, const choir_slice *s)
 {
@@ -152,7 +141,7 @@ static choir_status plan_tensor(packer *p, choir_role role, uint32_t layer, uint
                                .layout = CHOIR_LAYOUT_EXACT,
                                .dtype = CHOIR_F32,
                                .bytes = (uint64_t)s.rows * s.cols * sizeof(float)};
-    if (is_exact(role)) return CHOIR_OK;
+    if (choir_role_is_f32(role)) return CHOIR_OK;
     const choir_tensor like = {target_dtype(p, &s), s.rows, s.cols, s.data, SIZE_MAX};
     CHOIR_TRY(choir_matrix_plan(&like, &m));
     out->layout = (uint8_t)m.layout;
@@ -162,33 +151,18 @@ static choir_status plan_tensor(packer *p, choir_role role, uint32_t layer, uint
     return CHOIR_OK;
 }
 
-static uint64_t round_up(uint64_t n, uint64_t to)
-{
-    return (n + to - 1) / to * to;
-}
-
 static void count_tensors(const packer *p, uint32_t *n_tensors, uint32_t *n_runs)
 {
-    const choir_model_config *c = p->config;
     *n_tensors = *n_runs = 0;
-    for (uint32_t role = 0; role < CHOIR_N_ROLES; role++)
-        for (uint32_t l = 0; l < (choir_role_per_layer(role) ? c->n_layers : 1); l++) {
-            if (!choir_role_in_layer(c, role, l)) continue;
-            *n_tensors += choir_role_count(c, role);
-            if (role == CHOIR_ROLE_EXPERT_GATE) *n_runs += choir_role_count(c, role);
-        }
+    for (choir_role_place at = {0}; choir_next_tensor(p->config, &at); ++*n_tensors)
+        *n_runs += at.role == CHOIR_ROLE_EXPERT_GATE;
 }
 
 static choir_status plan_tensors(packer *p)
 {
-    const choir_model_config *c = p->config;
-    uint32_t n = 0;
-    for (uint32_t role = 0; role < CHOIR_N_ROLES; role++)
-        for (uint32_t l = 0; l < (choir_role_per_layer(role) ? c->n_layers : 1); l++) {
-            if (!choir_role_in_layer(c, role, l)) continue;
-            for (uint32_t i = 0; i < choir_role_count(c, role); i++)
-                CHOIR_TRY(plan_tensor(p, role, l, i, &p->tensors[n++]));
-        }
+    choir_pack_tensor *to = p->tensors;
+    for (choir_role_place at = {0}; choir_next_tensor(p->config, &at);)
+        CHOIR_TRY(plan_tensor(p, at.role, at.layer, at.index, to++));
     return CHOIR_OK;
 }
 
@@ -196,37 +170,37 @@ static choir_status plan_tensors(packer *p)
 static void place_all(packer *p)
 {
     choir_pack_header *h = &p->header;
-    uint64_t at = round_up(CHOIR_PACK_PAGE + h->tables_bytes, CHOIR_PACK_PAGE);
+    uint64_t at = choir_round_up(CHOIR_PACK_PAGE + h->tables_bytes, CHOIR_PACK_PAGE);
     h->vectors_offset = at;
     for (int exact = 1; exact >= 0; exact--) {
         for (uint32_t i = 0; i < h->n_tensors; i++) {
             choir_pack_tensor *t = &p->tensors[i];
-            if (is_routed(t->role) || is_exact(t->role) != (exact == 1)) continue;
+            if (choir_role_is_routed(t->role) || choir_role_is_f32(t->role) != (exact == 1))
+                continue;
             t->offset = at;
-            p->units[p->n_units++] = (unit){i, 1, -1, at, t->bytes};
-            at = round_up(at + t->bytes, 64);
+            p->units[p->n_units++] = (unit){i, -1, at, t->bytes};
+            at = choir_round_up(at + t->bytes, 64);
         }
         if (exact == 1) h->vectors_bytes = at - h->vectors_offset;
     }
-    static const choir_role parts[] = {CHOIR_ROLE_EXPERT_GATE, CHOIR_ROLE_EXPERT_UP,
-                                       CHOIR_ROLE_EXPERT_DOWN};
     uint32_t run = 0;
     for (uint32_t i = 0; i < h->n_tensors; i++) {
         const choir_pack_tensor *gate = &p->tensors[i];
-        if (gate->role != parts[0]) continue;
-        at = round_up(at, CHOIR_PACK_PAGE);
+        if (gate->role != CHOIR_ROLE_EXPERT_GATE) continue;
+        at = choir_round_up(at, CHOIR_PACK_PAGE);
         choir_pack_run *r = &p->runs[run];
         *r = (choir_pack_run){.layer = gate->layer, .expert = gate->index, .offset = at};
         for (int k = 0; k < 3; k++) {
             choir_pack_tensor *t = &p->tensors[i + (uint32_t)k * h->n_runs];
-            CHOIR_ASSERT(t->role == parts[k] && t->layer == gate->layer && t->index == gate->index);
+            CHOIR_ASSERT(t->role == choir_expert_roles[k] && t->layer == gate->layer &&
+                         t->index == gate->index);
             t->offset = at;
-            at = round_up(at + t->bytes, 64);
+            at = choir_round_up(at + t->bytes, 64);
         }
         r->bytes = at - r->offset;
-        p->units[p->n_units++] = (unit){i, 3, run++, r->offset, r->bytes};
+        p->units[p->n_units++] = (unit){i, run++, r->offset, r->bytes};
     }
-    h->file_bytes = round_up(at, CHOIR_PACK_PAGE);
+    h->file_bytes = choir_round_up(at, CHOIR_PACK_PAGE);
 }
 
 /* What must be the same for a partial file to be gone on with: the plan, and the source's age. */
@@ -385,13 +359,10 @@ static choir_status pack_rows(const choir_slice *s, choir_dtype dtype, uint8_t *
 {
     choir_tensor t;
     choir_matrix m;
-    uint8_t *copy = NULL, *quantised = NULL;
+    void *copy;
+    uint8_t *quantised = NULL;
     choir_status status = CHOIR_OK;
-    if (!choir_slice_is_tensor(s, &t)) {
-        t.data = copy = choir_alloc(CHOIR_MEM_TUNE, choir_slice_bytes(s));
-        if (copy == NULL) return CHOIR_E_NO_MEMORY;
-        choir_slice_copy(s, copy);
-    }
+    if (!choir_slice_tensor(s, CHOIR_MEM_TUNE, &t, &copy)) return CHOIR_E_NO_MEMORY;
     if (dtype != t.dtype) {
         size_t bytes = t.rows * choir_dtype_row_bytes(dtype, t.cols);
         quantised = choir_alloc(CHOIR_MEM_TUNE, bytes);
@@ -411,22 +382,15 @@ static choir_status write_vector(packer *p, choir_pack_tensor *t)
     choir_slice s;
     choir_tensor from;
     CHOIR_TRY(choir_model_file_slice(p->file, t->role, t->layer, t->index, &s));
-    uint8_t *copy = NULL;
+    void *copy;
     float *values = choir_alloc(CHOIR_MEM_TUNE, t->bytes);
-    if (!choir_slice_is_tensor(&s, &from)) {
-        from.data = copy = choir_alloc(CHOIR_MEM_TUNE, choir_slice_bytes(&s));
-        if (copy != NULL) choir_slice_copy(&s, copy);
-    }
+    bool there = choir_slice_tensor(&s, CHOIR_MEM_TUNE, &from, &copy);
     choir_status status = CHOIR_OK;
-    if (values == NULL || from.data == NULL) {
+    if (values == NULL || !there) {
         status =
             choir_fail(CHOIR_E_NO_MEMORY, "no memory for a vector of %zu bytes", (size_t)t->bytes);
     } else {
-        for (uint32_t r = 0; r < t->rows; r++)
-            choir_tensor_row(&from, r, values + (size_t)r * t->cols);
-        for (size_t i = 0;
-             choir_model_file_lacks_one(p->file, t->role) && i < (size_t)t->rows * t->cols; i++)
-            values[i] += 1;
+        choir_model_file_expand(p->file, t->role, &from, values);
         t->checksum = XXH3_64bits(values, t->bytes);
         status = write_at(p, t->offset, values, t->bytes);
     }
@@ -557,7 +521,7 @@ static choir_status write_units(packer *p, uint32_t from)
         if (u->run >= 0)
             status = write_experts(p, i, &n);
         else
-            status = is_exact(t->role) ? write_vector(p, t) : write_matrix(p, t, r);
+            status = choir_role_is_f32(t->role) ? write_vector(p, t) : write_matrix(p, t, r);
         for (uint32_t k = 0; k < n; k++) since += p->units[i + k].bytes;
         choir_progress_update(&p->progress, p->n_written + since);
         bool stop = p->options->interrupted != NULL && *p->options->interrupted;
@@ -648,8 +612,7 @@ choir_status choir_pack_write(const choir_pack_options *options)
 {
     packer p = {.fd = -1};
     choir_pack_options o = *options;
-    long n_cores = sysconf(_SC_NPROCESSORS_ONLN);
-    if (o.n_threads == 0) o.n_threads = n_cores < 1 ? 1 : n_cores > 256 ? 256 : (uint32_t)n_cores;
+    if (o.n_threads == 0) o.n_threads = choir_workers_best();
     p.options = &o;
     CHOIR_TRY(choir_model_file_open(o.model, &p.file));
     choir_status status = pack_model(&p);

@@ -184,10 +184,7 @@ static choir_status write_out(const job *j)
 choir_status choir_upcycle(const choir_upcycle_options *options)
 {
     job j = {.options = options, .n_threads = options->n_threads};
-    if (j.n_threads == 0) {
-        long n = sysconf(_SC_NPROCESSORS_ONLN);
-        j.n_threads = n < 1 ? 1 : n > 256 ? 256 : (uint32_t)n;
-    }
+    if (j.n_threads == 0) j.n_threads = choir_workers_best();
     choir_status status;
     CHOIR_TRY_TO(done, status, check_options(&j));
     CHOIR_TRY_TO(done, status, read_parts(&j));

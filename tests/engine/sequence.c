@@ -1,5 +1,29 @@
 #include "tests/engine/sequence.h"
 
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+void open_without_memory(const char *path, const choir_engine_options *options)
+{
+    for (uint64_t i = 1;; i++) {
+        choir_engine *engine = NULL;
+        choir_memory_fail_at(i);
+        choir_status status = choir_engine_open(path, options, &engine);
+        choir_memory_fail_at(0);
+        if (status == CHOIR_OK) {
+            choir_engine_close(engine);
+            assert_true(i > 20);
+            return;
+        }
+        assert_int_equal(status, CHOIR_E_NO_MEMORY);
+        assert_true(strlen(choir_error_message()) > 10);
+    }
+}
+
 sequence sequence_at(choir_engine *engine, uint32_t first_page, uint32_t n_pages)
 {
     sequence s = {.engine = engine, .n_pages = n_pages};

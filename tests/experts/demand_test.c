@@ -27,12 +27,10 @@ static void test_each_is_read_once(void **state)
 {
     (void)state;
     fake_store f;
-    choir_expert_missing missing[N];
-    uint32_t n_missing;
     fake_store_create(&f, 2, N, 0, 1);
     f.disk.slowest_ns = CHOIR_MS;
-    assert_int_equal(fake_run(&f, 0, all, N, missing, &n_missing), N);
-    assert_int_equal(fake_run(&f, 0, all, N, missing, &n_missing), N);
+    assert_int_equal(fake_run(&f, 0, all, N), N);
+    assert_int_equal(fake_run(&f, 0, all, N), N);
     choir_experts_stats s = stats_of(&f);
     assert_int_equal(s.n_misses, N);
     assert_int_equal(s.n_hits, N);
@@ -49,11 +47,9 @@ static void test_fewer_slots_than_wanted(void **state)
     (void)state;
     for (uint32_t n_slots = 1; n_slots <= 3; n_slots++) {
         fake_store f;
-        choir_expert_missing missing[N];
-        uint32_t n_missing;
         fake_store_create(&f, 1, N, n_slots, 2);
         f.disk.slowest_ns = CHOIR_MS;
-        assert_int_equal(fake_run(&f, 0, all, N, missing, &n_missing), N);
+        assert_int_equal(fake_run(&f, 0, all, N), N);
         assert_int_equal(stats_of(&f).n_reads, N);
         assert_true(f.disk.max_in_flight <= n_slots);
         fake_store_destroy(&f);
@@ -65,25 +61,23 @@ static void test_eio(void **state)
 {
     (void)state;
     fake_store f;
-    choir_expert_missing missing[N];
-    uint32_t n_missing;
     fake_store_create(&f, 1, N, 0, 3);
     f.disk.bad_from = 3 * 8192;
     f.disk.bad_to = 4 * 8192;
-    assert_int_equal(fake_run(&f, 0, all, N, missing, &n_missing), N - 1);
-    assert_int_equal(n_missing, 1);
-    assert_int_equal(missing[0].expert, 3);
-    assert_int_equal(missing[0].status, CHOIR_E_DATA_LOSS);
+    assert_int_equal(fake_run(&f, 0, all, N), N - 1);
+    assert_int_equal(f.n_missing, 1);
+    assert_int_equal(f.missing[0].expert, 3);
+    assert_int_equal(f.missing[0].status, CHOIR_E_DATA_LOSS);
     assert_int_equal(stats_of(&f).n_retries, 2);
     assert_int_equal(stats_of(&f).n_failed, 1);
     /* Left alone for a while, even once the disk is well … */
     uint64_t submitted = f.disk.n_submitted;
     f.disk.bad_to = 0;
-    assert_int_equal(fake_run(&f, 0, all, N, missing, &n_missing), N - 1);
+    assert_int_equal(fake_run(&f, 0, all, N), N - 1);
     assert_int_equal(f.disk.n_submitted, submitted);
     /* … and then tried anew. */
     fake_now += 31 * CHOIR_SECOND;
-    assert_int_equal(fake_run(&f, 0, all, N, missing, &n_missing), N);
+    assert_int_equal(fake_run(&f, 0, all, N), N);
     fake_store_destroy(&f);
 }
 
@@ -92,14 +86,13 @@ static void test_damage(void **state)
 {
     (void)state;
     fake_store f;
-    choir_expert_missing missing[N];
-    uint32_t n_missing, came = 0;
+    uint32_t came = 0;
     fake_store_create(&f, 1, N, 4, 4);
     f.disk.damage_permille = 300;
     for (int i = 0; i < 50; i++) {
-        came += fake_run(&f, 0, all, N, missing, &n_missing);
-        for (uint32_t m = 0; m < n_missing; m++)
-            assert_int_equal(missing[m].status, CHOIR_E_DATA_LOSS);
+        came += fake_run(&f, 0, all, N);
+        for (uint32_t m = 0; m < f.n_missing; m++)
+            assert_int_equal(f.missing[m].status, CHOIR_E_DATA_LOSS);
         fake_now += 31 * CHOIR_SECOND;
     }
     assert_true(came > 45 * N && stats_of(&f).n_damaged > 50);
@@ -107,9 +100,9 @@ static void test_damage(void **state)
     f.disk.damaged_to = 8192;
     fake_now += 31 * CHOIR_SECOND;
     for (int i = 0; i < 3; i++) /* the first may still lie in a slot */
-        fake_run(&f, 0, all, N, missing, &n_missing);
-    assert_int_equal(n_missing, 1);
-    assert_int_equal(missing[0].expert, 0);
+        fake_run(&f, 0, all, N);
+    assert_int_equal(f.n_missing, 1);
+    assert_int_equal(f.missing[0].expert, 0);
     fake_store_destroy(&f);
 }
 
@@ -119,25 +112,23 @@ static void test_stall(void **state)
 {
     (void)state;
     fake_store f;
-    choir_expert_missing missing[N];
-    uint32_t n_missing;
     const choir_expert_use one[] = {{0, 1, 1}}, two[] = {{0, 1, 1}, {1, 1, 1}};
     fake_store_create(&f, 1, N, 0, 5);
-    assert_int_equal(fake_run(&f, 0, one, 1, missing, &n_missing), 1);
+    assert_int_equal(fake_run(&f, 0, one, 1), 1);
     f.disk.stalled = true;
     uint64_t began = fake_now;
-    assert_int_equal(fake_run(&f, 0, two, 2, missing, &n_missing), 1);
-    assert_int_equal(n_missing, 1);
-    assert_int_equal(missing[0].status, CHOIR_E_UNAVAILABLE);
+    assert_int_equal(fake_run(&f, 0, two, 2), 1);
+    assert_int_equal(f.n_missing, 1);
+    assert_int_equal(f.missing[0].status, CHOIR_E_UNAVAILABLE);
     assert_in_range(fake_now - began, CHOIR_SECOND, CHOIR_SECOND + CHOIR_MS);
     /* Who asks again does not wait again, and what is resident is given at once. */
     began = fake_now;
-    assert_int_equal(fake_run(&f, 0, two, 2, missing, &n_missing), 1);
+    assert_int_equal(fake_run(&f, 0, two, 2), 1);
     assert_int_equal(fake_now, began);
     assert_int_equal(stats_of(&f).n_late, 2);
     f.disk.stalled = false;
     fake_now += CHOIR_MS;
-    assert_int_equal(fake_run(&f, 0, two, 2, missing, &n_missing), 2);
+    assert_int_equal(fake_run(&f, 0, two, 2), 2);
     assert_int_equal(stats_of(&f).n_misses, 2);
     fake_store_destroy(&f);
 }
@@ -148,19 +139,16 @@ static void test_budget_moves(void **state)
 {
     (void)state;
     fake_store f;
-    choir_expert_missing missing[N];
-    uint32_t n_missing;
     fake_store_create(&f, 4, N, 0, 6);
-    for (uint32_t l = 0; l < 4; l++) fake_run(&f, l, all, N, missing, &n_missing);
+    for (uint32_t l = 0; l < 4; l++) fake_run(&f, l, all, N);
     uint64_t held = choir_experts_bytes(f.store);
     assert_int_equal(stats_of(&f).n_slots_used, 4 * N);
     uint64_t left = choir_experts_set_budget(f.store, held / 2);
     assert_true(left <= held / 2);
-    for (uint32_t l = 0; l < 4; l++)
-        assert_int_equal(fake_run(&f, l, all, N, missing, &n_missing), N);
+    for (uint32_t l = 0; l < 4; l++) assert_int_equal(fake_run(&f, l, all, N), N);
     assert_true(choir_experts_bytes(f.store) <= held / 2);
     choir_experts_set_budget(f.store, held);
-    for (uint32_t l = 0; l < 4; l++) fake_run(&f, l, all, N, missing, &n_missing);
+    for (uint32_t l = 0; l < 4; l++) fake_run(&f, l, all, N);
     assert_int_equal(choir_experts_bytes(f.store), held);
     fake_store_destroy(&f);
 }
@@ -183,18 +171,17 @@ static void test_random_schedules(void **state)
         if (seed % 4 == 3) f.disk.stall_permille = 30;
         for (int round = 0; round < 100; round++) {
             choir_expert_use uses[6];
-            choir_expert_missing missing[6];
             uint16_t guesses[3];
-            uint32_t n = 0, n_missing, layer = (uint32_t)round % n_layers;
+            uint32_t n = 0, layer = (uint32_t)round % n_layers;
             for (uint32_t x = 0; x < n_experts; x++)
                 if (fake_random(&f.disk) % 3 == 0) uses[n++] = (choir_expert_use){x, 1, 0.5F};
-            uint32_t came = fake_run(&f, layer, uses, n, missing, &n_missing);
-            if (came + n_missing != n)
+            uint32_t came = fake_run(&f, layer, uses, n);
+            if (came + f.n_missing != n)
                 fail_msg("seed %llu: %u came, %u are missing of %u", (unsigned long long)seed, came,
-                         n_missing, n);
+                         f.n_missing, n);
             n_came += came;
-            for (uint32_t i = 0; i < n_missing; i++)
-                *(missing[i].status == CHOIR_E_DATA_LOSS ? &n_lost : &n_late) += 1;
+            for (uint32_t i = 0; i < f.n_missing; i++)
+                *(f.missing[i].status == CHOIR_E_DATA_LOSS ? &n_lost : &n_late) += 1;
             for (int i = 0; i < 3; i++) guesses[i] = (uint16_t)(fake_random(&f.disk) % n_experts);
             choir_experts_prefetch(f.store, (layer + 1) % n_layers, guesses, 3);
             if (fake_random(&f.disk) % 50 == 0)

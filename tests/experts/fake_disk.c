@@ -195,8 +195,7 @@ void fake_assert_expert(const fake_store *f, uint32_t layer, uint32_t expert,
     assert_memory_equal(held->down.data, there.down.data, there.down.bytes);
 }
 
-uint32_t fake_run(fake_store *f, uint32_t layer, const choir_expert_use *uses, uint32_t n,
-                  choir_expert_missing *missing, uint32_t *n_missing)
+uint32_t fake_run(fake_store *f, uint32_t layer, const choir_expert_use *uses, uint32_t n)
 {
     uint16_t ids[1024];
     uint32_t came = 0, got;
@@ -212,7 +211,8 @@ uint32_t fake_run(fake_store *f, uint32_t layer, const choir_expert_use *uses, u
             choir_experts_release(f->store, layer, ids[i]);
             came++;
         }
-    *n_missing = choir_experts_pending(f->store) ? choir_experts_missing(f->store, missing) : 0;
+    f->n_missing =
+        choir_experts_pending(f->store) ? choir_experts_missing(f->store, f->missing) : 0;
     assert_int_equal(choir_experts_n_pinned(f->store), 0);
     return came;
 }

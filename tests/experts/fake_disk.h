@@ -35,12 +35,13 @@ typedef struct fake_store {
     choir_experts *store;
     uint32_t n_layers, n_experts;
     char path[64];
+    choir_expert_missing missing[64]; /* of the last run */
+    uint32_t n_missing;
 } fake_store;
 void fake_store_create(fake_store *f, uint32_t n_layers, uint32_t n_experts, uint32_t n_slots,
                        uint64_t seed);
 void fake_store_destroy(fake_store *f);
 /* Every byte of its matrices is its own. */
 void fake_assert_expert(const fake_store *f, uint32_t layer, uint32_t expert, const choir_expert *held);
-/* Runs a request to its end. Returns how many experts came; missing ones in `missing`. */
-uint32_t fake_run(fake_store *f, uint32_t layer, const choir_expert_use *uses, uint32_t n,
-                  choir_expert_missing *missing, uint32_t *n_missing);
+/* Runs a request to its end. Returns how many experts came; those that did not are in f->missing. */
+uint32_t fake_run(fake_store *f, uint32_t layer, const choir_expert_use *uses, uint32_t n);
