@@ -21,12 +21,13 @@ struct choir_workers {
     pthread_t *threads;
     choir_work work; /* written by the owner before `round` is released */
     void *arg;
-    _Alignas(64) _Atomic uint32_t round;   /* release in run(), acquire in helper(): publishes work */
-    _Alignas(64) _Atomic uint32_t pending; /* acq_rel countdown in helper(), acquire in run() */
+    /* What is waited for is moved by change() and watched by await_change(). */
+    _Alignas(64) _Atomic uint32_t round;   /* up in run(), watched by helper(): publishes work */
+    _Alignas(64) _Atomic uint32_t pending; /* down in helper(), watched by run() */
     _Alignas(64) _Atomic uint32_t sleepers;
     _Atomic uint32_t stop;                 /* published by `round` like work */
     _Alignas(64) _Atomic uint32_t arrived; /* acq_rel count in sync(); the last one resets it */
-    _Alignas(64) _Atomic uint32_t phase;   /* release by the last to arrive, acquire by the others */
+    _Alignas(64) _Atomic uint32_t phase;   /* up by the last to arrive, watched by the others */
 };
 
 typedef struct seat {
@@ -44,23 +45,31 @@ static void futex_wake_all(_Atomic uint32_t *word)
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0);
 }
 
-/* Waits until *round differs from `seen`; spins first, since steps follow one another closely. */
-static uint32_t await_round(choir_workers *w, uint32_t seen)
+/* Waits until *word differs from `seen`, and returns what it is. Spins first, since what is waited for
+ * is mostly near; then sleeps: a core that spins while experts are read is taken from whoever reads
+ * them (on a virtual machine, the disk's own thread). */
+static uint32_t await_change(choir_workers *w, _Atomic uint32_t *word, uint32_t seen)
 {
     for (int i = 0; i < SPINS; i++) {
-        uint32_t now = atomic_load_explicit(&w->round, memory_order_acquire);
+        uint32_t now = atomic_load_explicit(word, memory_order_acquire);
         if (now != seen) return now;
         RELAX();
     }
     for (;;) {
-        /* seq_cst pairs with run(): either run() sees the sleeper, or the sleeper sees the round. */
+        /* seq_cst pairs with change(): either it sees the sleeper, or the sleeper sees the change. */
         atomic_fetch_add(&w->sleepers, 1);
-        uint32_t now = atomic_load(&w->round);
-        if (now == seen) futex_wait(&w->round, seen);
+        uint32_t now = atomic_load(word);
+        if (now == seen) futex_wait(word, seen);
         atomic_fetch_sub(&w->sleepers, 1);
-        now = atomic_load_explicit(&w->round, memory_order_acquire);
+        now = atomic_load_explicit(word, memory_order_acquire);
         if (now != seen) return now;
     }
+}
+
+static void change(choir_workers *w, _Atomic uint32_t *word, uint32_t by)
+{
+    atomic_fetch_add(word, by);
+    if (atomic_load(&w->sleepers) > 0) futex_wake_all(word);
 }
 
 static void *helper(void *arg)
@@ -70,10 +79,10 @@ static void *helper(void *arg)
     uint32_t index = s->index, seen = 0;
     choir_free(s);
     for (;;) {
-        seen = await_round(w, seen);
+        seen = await_change(w, &w->round, seen);
         if (atomic_load_explicit(&w->stop, memory_order_relaxed)) return NULL;
         w->work(w->arg, index, w->n);
-        atomic_fetch_sub_explicit(&w->pending, 1, memory_order_acq_rel);
+        change(w, &w->pending, UINT32_MAX);
     }
 }
 
@@ -83,18 +92,11 @@ void choir_workers_run(choir_workers *w, choir_work work, void *arg)
         w->work = work;
         w->arg = arg;
         atomic_store_explicit(&w->pending, w->n - 1, memory_order_relaxed);
-        atomic_fetch_add(&w->round, 1);
-        if (atomic_load(&w->sleepers) > 0) futex_wake_all(&w->round);
+        change(w, &w->round, 1);
     }
     work(arg, 0, w->n);
-    if (w->n > 1) {
-        for (int i = 0; atomic_load_explicit(&w->pending, memory_order_acquire) != 0; i++) {
-            if (i < SPINS)
-                RELAX();
-            else
-                sched_yield(); /* more threads than cores: let the helper run */
-        }
-    }
+    uint32_t left = atomic_load_explicit(&w->pending, memory_order_acquire);
+    while (left != 0) left = await_change(w, &w->pending, left);
 }
 
 void choir_workers_sync(choir_workers *w)
@@ -103,15 +105,10 @@ void choir_workers_sync(choir_workers *w)
     uint32_t phase = atomic_load_explicit(&w->phase, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&w->arrived, 1, memory_order_acq_rel) + 1 == w->n) {
         atomic_store_explicit(&w->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&w->phase, phase + 1, memory_order_release);
+        change(w, &w->phase, 1);
         return;
     }
-    for (int i = 0; atomic_load_explicit(&w->phase, memory_order_acquire) == phase; i++) {
-        if (i < SPINS)
-            RELAX();
-        else
-            sched_yield();
-    }
+    await_change(w, &w->phase, phase);
 }
 
 uint32_t choir_workers_count(const choir_workers *workers) { return workers->n; }
@@ -162,8 +159,7 @@ void choir_workers_destroy(choir_workers *w)
 {
     if (w == NULL) return;
     atomic_store_explicit(&w->stop, 1, memory_order_relaxed);
-    atomic_fetch_add(&w->round, 1);
-    futex_wake_all(&w->round);
+    change(w, &w->round, 1);
     for (uint32_t i = 1; i < w->n; i++) pthread_join(w->threads[i], NULL);
     choir_free(w->threads);
     choir_free_pages(CHOIR_MEM_OTHER, w, sizeof *w);
