@@ -90,24 +90,30 @@ void choir_free(void *p)
     free(h);
 }
 
-enum { HUGE_PAGE = 2 << 20 };
+enum { SMALL_PAGE = 4096, HUGE_PAGE = 2 << 20 };
 
-static size_t round_to_huge(size_t bytes)
+static size_t page_for(size_t bytes)
 {
-    return (bytes + HUGE_PAGE - 1) & ~(size_t)(HUGE_PAGE - 1);
+    return bytes < HUGE_PAGE ? SMALL_PAGE : HUGE_PAGE;
+}
+
+size_t choir_pages_bytes(size_t bytes)
+{
+    return choir_round_up(bytes, page_for(bytes));
 }
 
 void *choir_alloc_pages(choir_memory_tag tag, size_t bytes)
 {
     if (must_fail() || bytes == 0 || bytes > SIZE_MAX / 2) return NULL;
-    size_t size = round_to_huge(bytes), span = size + HUGE_PAGE;
+    size_t size = choir_pages_bytes(bytes), page = page_for(bytes), span = size + page;
     char *raw = mmap(NULL, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (raw == MAP_FAILED) return NULL;
-    char *start = (char *)(((uintptr_t)raw + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1));
+    char *start = (char *)choir_round_up((uintptr_t)raw, page);
     if (start > raw) munmap(raw, (size_t)(start - raw));
     char *end = start + size;
     if (raw + span > end) munmap(end, (size_t)(raw + span - end));
-    madvise(start, size, MADV_HUGEPAGE); /* advice: a kernel without huge pages serves small ones */
+    /* Advice: a kernel without huge pages serves small ones. */
+    if (page == HUGE_PAGE) madvise(start, size, MADV_HUGEPAGE);
     count(tag, size, true);
     return start;
 }
@@ -115,9 +121,8 @@ void *choir_alloc_pages(choir_memory_tag tag, size_t bytes)
 void choir_free_pages(choir_memory_tag tag, void *p, size_t bytes)
 {
     if (p == NULL) return;
-    size_t size = round_to_huge(bytes);
-    munmap(p, size);
-    count(tag, size, false);
+    munmap(p, choir_pages_bytes(bytes));
+    count(tag, choir_pages_bytes(bytes), false);
 }
 
 void choir_forget_pages(void *p, size_t bytes)
