@@ -28,6 +28,9 @@ typedef struct choir_engine_options {
                              * are streamed, and share with the KV pages; 0: no such budget */
     uint64_t kv_bytes;      /* memory for KV pages (with a budget: at most); 0: enough for max_rows tokens */
     uint32_t max_rows;      /* rows (tokens) of one step, at most */
+    uint32_t max_rows_streamed; /* under a budget that streams experts max_rows grows up to this, as far as an
+                             * eighth of the budget holds a step's scratch; 0: it does not. A step reads nearly
+                             * all experts once, however many rows of a prompt it has */
     uint32_t max_spans;     /* sequences of one step, at most */
     uint32_t max_context;   /* tokens of the longest sequence to come; 0: the model's own. Longrope's long
                              * divisors are for those beyond the original context, and hold for all then */
@@ -99,6 +102,7 @@ typedef struct choir_span {
     float *ffn_inputs;       /* NULL, or [n_layers, n_tokens, hidden]: what each layer's FFN was given */
     choir_sample sample;     /* out, when sampler */
     choir_status status;     /* out */
+    uint32_t remaining;      /* tokens that its request may still draw; 0: unknown. Who stays in memory */
     int32_t missing_layer, missing_expert; /* out: -1, or the expert that the status is about */
 } choir_span;
 

@@ -1,13 +1,13 @@
 /* Binds a model file's tensors to the engine by role, packs them once into the kernels' layout and
  * makes the digest of their bytes, all workers together. In exact mode matrices stay views into the
  * file. */
+#include "base/checksum.h"
 #include "engine/pack_file.h"
 #include "engine/state.h"
 
 #include <fcntl.h>
 #include <stdlib.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 /* A matrix to be packed: its source in the file and its place in the engine. */
 typedef struct job {

@@ -87,30 +87,30 @@ static uint32_t n_slots_of(const choir_plan *plan, uint32_t expert)
     return plan->first[expert + 1] - plan->first[expert];
 }
 
-static float weight_of(const choir_plan *plan, uint32_t expert)
+static choir_expert_use use_of(const step *s, uint32_t expert)
 {
-    float sum = 0;
-    for (uint32_t slot = plan->first[expert]; slot < plan->first[expert + 1]; slot++)
-        sum += plan->weights[plan->slots[slot]];
-    return sum;
+    const choir_plan *p = s->plan;
+    choir_expert_use use = {.expert = expert, .n_rows = n_slots_of(p, expert)};
+    for (uint32_t slot = p->first[expert]; slot < p->first[expert + 1]; slot++) {
+        uint32_t remaining = s->spans[s->rows[p->slots[slot] / p->k].span].remaining;
+        use.weight += p->weights[p->slots[slot]];
+        if (remaining > use.remaining) use.remaining = remaining;
+    }
+    return use;
 }
 
-/* The experts that were collected compute in the next wave; those that were just read are checked
- * before. */
-static void sort_out(choir_engine *e, uint32_t l, const uint16_t *ids, uint32_t n)
+
+/* One worker: what was found right makes the next wave. */
+static void admit_arrived(choir_engine *e, uint32_t l)
 {
     step *s = &e->step;
-    s->n_wave = s->n_arrived = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        uint16_t x = ids[i];
-        if (choir_experts_unchecked(e->experts, l, x))
-            s->arrived[s->n_arrived++] = x;
-        else
-            s->wave[s->n_wave++] = x;
+    for (uint32_t i = 0; i < s->n_arrived; i++) {
+        uint16_t x = s->arrived[i];
+        s->pinned[x] = choir_experts_admit(e->experts, l, x);
+        if (s->pinned[x] != NULL) s->wave[s->n_wave++] = x;
     }
-    for (uint32_t i = 0; i < s->n_wave; i++)
-        s->pinned[s->wave[i]] = choir_experts_admit(e->experts, l, s->wave[i]);
-    s->more = s->n_arrived > 0 || choir_experts_pending(e->experts);
+    s->n_arrived = 0;
+    s->more = choir_experts_pending(e->experts);
 }
 
 /* One worker: groups the rows by expert, finds each expert's area, asks for all experts at once.
@@ -127,7 +127,7 @@ static void open_experts(choir_engine *e, uint32_t l)
         s->computed[x] = s->wanted[x] = false;
         if (n == 0 || !is_wanted(s, x)) continue;
         s->wanted[x] = true;
-        s->uses[n_uses++] = (choir_expert_use){x, n, weight_of(s->plan, x)};
+        s->uses[n_uses++] = use_of(s, x);
         s->q8_in_at[x] = in_at;
         s->q8_ffn_at[x] = ffn_at;
         in_at += (choir_acts_q8_bytes(n, e->config.hidden) + 63) & ~(size_t)63;
@@ -137,7 +137,9 @@ static void open_experts(choir_engine *e, uint32_t l)
     choir_predict_score(e, l);
     s->predicted_layer = 0;
     choir_experts_request(e->experts, l, s->uses, n_uses);
-    sort_out(e, l, s->wave, choir_experts_collect(e->experts, false, s->wave));
+    s->n_arrived = choir_experts_collect(e->experts, false, e->config.n_experts, s->arrived);
+    s->n_wave = 0;
+    admit_arrived(e, l);
 }
 
 static void close_wave(choir_engine *e, uint32_t l)
@@ -168,14 +170,14 @@ static void give_up_missing(choir_engine *e, uint32_t l)
     }
 }
 
-/* One worker: the next experts to be checked, or none. */
+/* One worker: the next experts to be checked, or none. One for each worker, so that their parts are shared
+ * out evenly, and what a check has read is still in a cache when it is multiplied. */
 static void await_experts(choir_engine *e, uint32_t l)
 {
     step *s = &e->step;
     close_wave(e, l);
     choir_predict_prefetch(e, l);
-    if (s->n_arrived > 0) return; /* left over from the first wave */
-    uint32_t n = choir_experts_collect(e->experts, true, s->arrived);
+    uint32_t n = choir_experts_collect(e->experts, true, e->n_threads, s->arrived);
     if (n == 0 && choir_experts_pending(e->experts)) give_up_missing(e, l);
     s->n_arrived = n;
     choir_predict_prefetch(e, l);
@@ -187,19 +189,6 @@ static void check_arrived(choir_engine *e, uint32_t l, uint32_t worker, uint32_t
     for (uint32_t i = worker; i < s->n_arrived * CHOIR_EXPERT_PARTS; i += n_workers)
         choir_experts_check(e->experts, l, s->arrived[i / CHOIR_EXPERT_PARTS],
                             i % CHOIR_EXPERT_PARTS);
-}
-
-/* One worker: what was found right makes the next wave. */
-static void admit_arrived(choir_engine *e, uint32_t l)
-{
-    step *s = &e->step;
-    for (uint32_t i = 0; i < s->n_arrived; i++) {
-        uint16_t x = s->arrived[i];
-        s->pinned[x] = choir_experts_admit(e->experts, l, x);
-        if (s->pinned[x] != NULL) s->wave[s->n_wave++] = x;
-    }
-    s->n_arrived = 0;
-    s->more = choir_experts_pending(e->experts);
 }
 
 /* Copies each slot's row beside the others of its expert, weighed already where the model says so.

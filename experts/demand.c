@@ -2,11 +2,33 @@
  */
 #include "experts/store.h"
 
+/* Layers share one budget by the worth of their experts; a layer whose misses are waited for longer keeps
+ * more of them. Costs are followed slowly, within a factor of two. */
+static void weigh_layers(choir_experts *store)
+{
+    double stall_ns = 0, n = 0;
+    for (uint32_t l = 0; l < store->n_layers; l++) {
+        stall_ns += store->miss_costs[l].stall_ns;
+        n += store->miss_costs[l].n;
+    }
+    for (uint32_t l = 0; l < store->n_layers; l++) {
+        miss_cost *c = &store->miss_costs[l];
+        /* As if it had a step's worth of misses at the mean cost, so that a few do not decide. */
+        double mean = n > 0 ? stall_ns / n : 0, few = store->n_experts;
+        double cost = mean > 0 ? (c->stall_ns + few * mean) / (c->n + few) / mean : 1;
+        choir_policy_set_layer_cost(store->policy, l,
+                                    (float)(cost < 0.5 ? 0.5 : cost > 2 ? 2 : cost));
+        c->stall_ns *= 0.98;
+        c->n *= 0.98;
+    }
+}
+
 void choir_experts_step(choir_experts *store)
 {
     if (store->policy == NULL) return;
     store->layer_began = 0;
     choir_policy_step(store->policy);
+    weigh_layers(store);
     slots_shrink(store);
 }
 
@@ -55,9 +77,11 @@ void choir_experts_request(choir_experts *store, uint32_t layer, const choir_exp
             entry_pin(store, e);
             continue;
         }
-        choir_policy_use(store->policy, layer, uses[i].expert, uses[i].n_rows, uses[i].weight, 0);
+        choir_policy_use(store->policy, layer, uses[i].expert, uses[i].n_rows, uses[i].weight,
+                         uses[i].remaining);
         if (e->slot == NONE) {
             store->stats.n_misses++;
+            store->miss_costs[layer].n++;
             store->wanted[i].state = WANT_COLD;
             continue;
         }
@@ -73,15 +97,16 @@ void choir_experts_request(choir_experts *store, uint32_t layer, const choir_exp
 }
 
 /* What is in reach now and was not given yet. */
-static uint32_t give(choir_experts *store, uint16_t *ids)
+static uint32_t give(choir_experts *store, bool unchecked, uint32_t max, uint16_t *ids)
 {
     uint32_t n = 0;
-    for (uint32_t i = 0; i < store->n_wanted; i++) {
+    for (uint32_t i = 0; i < store->n_wanted && n < max; i++) {
         wanted *w = &store->wanted[i];
         if (w->state != WANT_AWAITED) continue;
         const entry *e = entry_at(store, store->layer, w->expert);
         if (!e->resident && e->slot == NONE) continue; /* lost */
-        if (!e->resident && store->slots[e->slot].state == SLOT_LOADING) continue;
+        slot_state state = e->resident ? SLOT_READY : store->slots[e->slot].state;
+        if (state != SLOT_READY && (state != SLOT_ARRIVED || !unchecked)) continue;
         w->state = WANT_GIVEN;
         ids[n++] = (uint16_t)w->expert;
     }
@@ -103,7 +128,7 @@ static bool may_come(const choir_experts *store)
     return false;
 }
 
-uint32_t choir_experts_collect(choir_experts *store, bool wait, uint16_t *ids)
+uint32_t choir_experts_collect(choir_experts *store, bool wait, uint32_t max, uint16_t *ids)
 {
     uint64_t began = 0;
     uint32_t n = 0;
@@ -113,7 +138,7 @@ uint32_t choir_experts_collect(choir_experts *store, bool wait, uint16_t *ids)
             load_cold(store);
             loads_send(store);
         }
-        n = give(store, ids);
+        n = give(store, wait, max, ids);
         if (n > 0 || !wait || store->stalled || !may_come(store)) break;
         uint64_t now = choir_clock_now();
         if (began == 0) began = now;
@@ -124,7 +149,11 @@ uint32_t choir_experts_collect(choir_experts *store, bool wait, uint16_t *ids)
         }
         loads_reap(store, patience - now);
     }
-    if (began != 0) store->stats.stall_ns += choir_clock_now() - began;
+    if (began != 0) {
+        uint64_t waited = choir_clock_now() - began;
+        store->stats.stall_ns += waited;
+        store->miss_costs[store->layer].stall_ns += (double)waited;
+    }
     return n;
 }
 
@@ -158,12 +187,6 @@ void choir_experts_check(choir_experts *store, uint32_t layer, uint32_t expert, 
     const entry *e = entry_at(store, layer, expert);
     if (!e->resident && store->slots[e->slot].state == SLOT_ARRIVED)
         load_check(store, &store->slots[e->slot], part);
-}
-
-bool choir_experts_unchecked(const choir_experts *store, uint32_t layer, uint32_t expert)
-{
-    const entry *e = entry_at(store, layer, expert);
-    return !e->resident && store->slots[e->slot].state == SLOT_ARRIVED;
 }
 
 static void want_again(choir_experts *store, uint32_t expert)

@@ -103,23 +103,23 @@ uint64_t choir_experts_least_bytes(const choir_experts *store); /* what start() 
 
 typedef struct choir_expert_use {
     uint32_t expert, n_rows;
-    float weight; /* sum over the rows */
+    float weight;       /* sum over the rows */
+    uint32_t remaining; /* tokens that the longest of their requests may still draw; 0: unknown */
 } choir_expert_use;
 
 void choir_experts_step(choir_experts *store); /* a step begins */
 /* Starts the reads of those that are cold; `uses` ascend. The one before has ended. */
 void choir_experts_request(choir_experts *store, uint32_t layer, const choir_expert_use *uses,
                            uint32_t n);
-/* Experts that have come within reach since the last call, ids ascending; waits for one if told to. 0: none
- * are left, or (wait) those left will not come: choir_experts_missing(). */
-uint32_t choir_experts_collect(choir_experts *store, bool wait, uint16_t *ids);
+/* Of the experts within reach that were not given yet, at most `max`, ids ascending: those that need no check;
+ * with `wait` also those that do, and it waits for one. 0: none are left, or (wait) those left will not come:
+ * choir_experts_missing(). */
+uint32_t choir_experts_collect(choir_experts *store, bool wait, uint32_t max, uint16_t *ids);
 /* True while requested experts have not been collected. */
 bool choir_experts_pending(const choir_experts *store);
 /* Between collect and admit, all parts, each on any worker: sees to it that what was read is right. */
 void choir_experts_check(choir_experts *store, uint32_t layer, uint32_t expert, uint32_t part);
 uint32_t choir_experts_n_in_flight(const choir_experts *store); /* reads, those not sent yet included */
-/* True: a collected expert that has to be checked before it is admitted. */
-bool choir_experts_unchecked(const choir_experts *store, uint32_t layer, uint32_t expert);
 /* Pinned until release(); NULL: it was damaged and is read again, collect() will give it. */
 const choir_expert *choir_experts_admit(choir_experts *store, uint32_t layer, uint32_t expert);
 void choir_experts_release(choir_experts *store, uint32_t layer, uint32_t expert);

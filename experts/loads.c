@@ -1,9 +1,9 @@
 /* The reads of slots: sent, reaped, checked, tried again. */
+#include "base/checksum.h"
 #include "experts/store.h"
 
 #include <errno.h>
 #include <string.h>
-#include <xxhash.h>
 
 enum { REAP = 64 };
 

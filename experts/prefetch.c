@@ -3,13 +3,16 @@
  * Whether all in all it pays is measured, and if it does not it is left alone. */
 #include "experts/store.h"
 
+#include <math.h>
+
 /* What is wanted in a moment counts as much as so many past uses. */
 enum { GUESS_WEIGHT = 4 };
 enum {
     MAX_DEPTH = 8,
-    BLOCK = 64,
-    EXPLORE = 12
-}; /* layers of a block; every so many blocks the other way */
+    BLOCK = 64,      /* layers */
+    EXPLORE = 12,    /* every so many blocks the other way … */
+    FIRST_PAIRS = 6, /* … after so many in turn */
+};
 
 static double read_ns(const choir_experts *store)
 {
@@ -58,16 +61,25 @@ void guess_was_wrong(choir_experts *store, slot *s)
 
 /* The time that a wanted expert took, hits included, is the judge: with guesses and without, block
  * by block in turn. Whether the disk's idle time is really free (its reads may cost processors too)
- * no count of right guesses tells. */
+ * no count of right guesses tells. Only neighbours are compared, as what is asked for changes with
+ * time, and the first block not at all: memory was empty. */
 static void end_block(choir_experts *store)
 {
     double cost = (double)store->block_ns / (double)store->block_wanted;
-    double *mean = &store->cost[store->guessing];
-    *mean = *mean == 0 ? cost : 0.7 * *mean + 0.3 * cost;
+    if (store->n_blocks > 1 && store->guessing != store->guessed_before) {
+        double gain = log(store->guessing ? store->cost_before / cost : cost / store->cost_before);
+        double part = store->n_pairs < FIRST_PAIRS ? 1.0 / (store->n_pairs + 1) : 0.2;
+        store->gain += part * (gain - store->gain);
+        store->n_pairs++;
+    }
     store->n_blocks++;
-    bool better = store->cost[1] == 0 || store->cost[1] < store->cost[0];
-    store->guessing =
-        store->n_blocks % EXPLORE == 0 || store->cost[!better] == 0 ? !better : better;
+    store->cost_before = cost;
+    store->guessed_before = store->guessing;
+    bool better = store->gain >= 0;
+    if (store->n_pairs < FIRST_PAIRS)
+        store->guessing = !store->guessing;
+    else
+        store->guessing = store->n_blocks % EXPLORE == 0 ? !better : better;
     store->stats.prefetching = better;
     store->block_ns = store->block_wanted = store->block_layers = 0;
 }

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <unistd.h>
 
-enum { SLAB_BYTES = 32 << 20, MAX_STAGINGS = 16, MAX_FILES = 1024 };
+enum { SLAB_BYTES = 64 << 20, MAX_STAGINGS = 16, MAX_FILES = 1024 };
 
 choir_status choir_experts_create(const choir_experts_options *options, choir_experts **out)
 {
@@ -18,8 +18,10 @@ choir_status choir_experts_create(const choir_experts_options *options, choir_ex
     store->regions = choir_calloc(CHOIR_MEM_EXPERTS, store->n_layers, sizeof *store->regions);
     store->guesses = choir_calloc(CHOIR_MEM_EXPERTS, MAX_GUESSES, sizeof *store->guesses);
     store->wanted = choir_calloc(CHOIR_MEM_EXPERTS, store->n_experts, sizeof *store->wanted);
+    store->miss_costs =
+        choir_calloc(CHOIR_MEM_EXPERTS, store->n_layers, sizeof *store->miss_costs);
     if (store->entries == NULL || store->regions == NULL || store->wanted == NULL ||
-        store->guesses == NULL) {
+        store->guesses == NULL || store->miss_costs == NULL) {
         choir_experts_destroy(store);
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for %u experts in %u layers",
                           options->n_experts, options->n_layers);
@@ -57,6 +59,7 @@ void choir_experts_destroy(choir_experts *store)
     choir_free(store->file_bytes);
     choir_free(store->guesses);
     choir_free(store->wanted);
+    choir_free(store->miss_costs);
     choir_free(store->regions);
     choir_free(store->entries);
     choir_free(store);
@@ -189,13 +192,18 @@ choir_status choir_experts_place(choir_experts *store, uint32_t layer, uint32_t 
     return CHOIR_OK;
 }
 
-/* A slab is a few slots, and little against the whole budget. */
+/* A slab is a few slots, and little against the whole budget: as many as leave least of its last page
+ * empty. */
 static void plan_slabs(choir_experts *store, uint64_t bytes)
 {
     uint64_t target = bytes / 16 < SLAB_BYTES ? bytes / 16 : SLAB_BYTES;
-    store->slots_per_slab = (uint32_t)(target / store->slot_bytes);
-    if (store->slots_per_slab == 0) store->slots_per_slab = 1;
-    store->slab_bytes = store->slots_per_slab * store->slot_bytes;
+    uint32_t most = (uint32_t)(target / store->slot_bytes), best = most > 0 ? most : 1;
+    for (uint32_t n = most; n > 1 && n > most / 2; n--)
+        if (choir_pages_bytes(n * store->slot_bytes) * best <
+            choir_pages_bytes(best * store->slot_bytes) * n)
+            best = n;
+    store->slots_per_slab = best;
+    store->slab_bytes = choir_pages_bytes(best * store->slot_bytes);
     store->max_slabs =
         (store->stats.n_experts + store->slots_per_slab - 1) / store->slots_per_slab;
 }

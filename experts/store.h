@@ -69,6 +69,11 @@ typedef struct wanted {
     want state;
 } wanted;
 
+/* What a layer's misses have cost, aged: some layers compute or read ahead while they wait, others cannot. */
+typedef struct miss_cost {
+    double stall_ns, n;
+} miss_cost;
+
 /* A slot that may go, and what its expert is worth. */
 typedef struct victim {
     double value;
@@ -104,15 +109,18 @@ struct choir_experts {
     /* the request */
     uint32_t layer, n_wanted, n_left; /* n_left: not collected yet */
     wanted *wanted;                   /* [n_experts] */
+    miss_cost *miss_costs;            /* [n_layers] */
 
     /* guesses: what was read ahead and has not been wanted yet */
     uint32_t *guesses, n_guesses;  /* [MAX_GUESSES] slots */
     double right, wrong;           /* decayed counts */
     uint64_t guessed_at, window_ns; /* when the last were sent; mean time from then to the next demand */
     bool guessing;                 /* in this block of layers */
-    double cost[2];                /* ns per wanted expert without and with guesses; 0: unknown */
+    double gain;                   /* log of the cost without over that with guesses: mean of pairs of blocks */
+    double cost_before;            /* ns per wanted expert, of the block before */
+    bool guessed_before;
     uint64_t layer_began, block_ns, block_wanted;
-    uint32_t layer_wanted, block_layers, n_blocks;
+    uint32_t layer_wanted, block_layers, n_blocks, n_pairs;
 
     uint32_t n_reads_in_flight;
     uint64_t busy_since, progress_ns; /* progress: when the disk last gave something, or was last asked */

@@ -201,7 +201,7 @@ uint32_t fake_run(fake_store *f, uint32_t layer, const choir_expert_use *uses, u
     uint32_t came = 0, got;
     choir_experts_step(f->store);
     choir_experts_request(f->store, layer, uses, n);
-    while ((got = choir_experts_collect(f->store, true, ids)) > 0)
+    while ((got = choir_experts_collect(f->store, true, 1024, ids)) > 0)
         for (uint32_t i = 0; i < got; i++) {
             for (uint32_t p = 0; p < CHOIR_EXPERT_PARTS; p++)
                 choir_experts_check(f->store, layer, ids[i], p);

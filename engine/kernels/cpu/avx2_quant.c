@@ -14,7 +14,7 @@
 
 enum {
     TILE = 4,     /* sums for each output that are kept in registers */
-    AHEAD = 2048, /* bytes: how long before their use codes are fetched, to hide memory's latency */
+    AHEAD = 4096, /* bytes: how long before their use codes are fetched, to hide memory's latency */
     ROWS_AT_ONCE = 32, /* activation rows per pass over the weights: their codes stay in L2 */
 };
 
