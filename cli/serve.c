@@ -14,6 +14,7 @@ typedef struct values {
     choir_option_list listen, served_model_name, api_key, lora_modules;
     uint64_t max_model_len, max_num_seqs, max_num_batched_tokens, max_queued, seed;
     uint64_t shutdown_timeout, watchdog_timeout, max_message;
+    uint64_t max_hold;
     bool no_prefix_cache;
 } values;
 static const values defaults = {
@@ -22,6 +23,7 @@ static const values defaults = {
     .max_num_seqs = 32,
     .max_num_batched_tokens = 512,
     .max_queued = 256,
+    .max_hold = 2000,
     .shutdown_timeout = 30,
     .watchdog_timeout = 30,
     .max_message = 4 << 20,
@@ -43,6 +45,9 @@ static const choir_option options[] = {
      "tokens of one step", 16, 65536},
     {"max-queued", 0, CHOIR_OPTION_COUNT, offsetof(values, max_queued), "N",
      "requests waiting at most", 1, 65536},
+    {"max-hold", 0, CHOIR_OPTION_COUNT, offsetof(values, max_hold), "MS",
+     "with streamed experts, hold a sequence that wants others than the rest back so long; 0: never",
+     0, 600000},
     {"no-prefix-cache", 0, CHOIR_OPTION_FLAG, offsetof(values, no_prefix_cache), NULL,
      "prompts share no KV pages", 0, 0},
     {"override-generation-config", 0, CHOIR_OPTION_TEXT,
@@ -152,11 +157,13 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
     CHOIR_TRY(kv_wanted(v, path, &o.kv_bytes));
     o.memory_bytes = (v->engine.memory > 0 ? v->engine.memory : available_memory() / 2) / n_models;
     o.max_rows = (uint32_t)v->max_num_batched_tokens;
+    o.max_rows_streamed = 4 * o.max_rows;
     o.max_spans = v->max_num_seqs < o.max_rows ? (uint32_t)v->max_num_seqs : o.max_rows;
     CHOIR_TRY(choir_engine_open(path, &o, &out->engine));
     choir_scheduler_options s = CHOIR_SCHEDULER_OPTIONS_DEFAULT;
     s.max_sequences = o.max_spans;
     s.max_step_tokens = o.max_rows;
+    s.max_hold_ms = (uint32_t)v->max_hold;
     s.max_queued = (uint32_t)v->max_queued;
     s.max_tokens_per_sequence = (uint32_t)v->max_model_len;
     s.prefix_cache = !v->no_prefix_cache;

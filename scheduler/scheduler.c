@@ -84,6 +84,7 @@ static choir_status make_tables(choir_scheduler *s)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the scheduler");
     CHOIR_TRY(kv_pages_create(s->engine.n_pages, s->engine.zero_page, s->engine.engine, &s->pages));
     kv_share_begin(s);
+    CHOIR_TRY(reads_create(s));
     if (s->engine.expert_stats != NULL) {
         s->published_heat =
             choir_calloc(CHOIR_MEM_OTHER, (size_t)s->engine.n_layers * s->engine.n_experts,
@@ -150,6 +151,7 @@ void choir_scheduler_destroy(choir_scheduler *s)
         request_destroy(r);
     }
     prefix_cache_destroy(s->prefix);
+    reads_destroy(s);
     kv_pages_destroy(&s->pages);
     choir_free(s->published_heat);
     choir_free(s->live);

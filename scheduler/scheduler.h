@@ -16,12 +16,15 @@ typedef struct choir_stream choir_stream;
 
 typedef struct choir_scheduler_options {
     uint32_t max_sequences;    /* running at once (--max-num-seqs); <= engine max_spans */
-    uint32_t max_step_tokens;  /* token budget of a step (--max-num-batched-tokens); <= engine max_rows */
+    uint32_t max_step_tokens;  /* token budget of a step (--max-num-batched-tokens); <= engine max_rows, up to
+                                * which it grows while steps wait for streamed experts */
     uint32_t max_queued;       /* requests waiting for admission */
     uint32_t max_tokens_per_sequence; /* --max-model-len; 0: the model's */
     uint32_t outbox_bytes;     /* pending output of one request before its sequences pause */
     uint32_t slow_reader_ms;   /* paused for longer: cancelled, pages freed */
     uint32_t stall_ms;         /* work pending and no step done for this long: unhealthy */
+    uint32_t max_hold_ms;      /* with streamed experts, sequences that want others than the rest may be held
+                                * back so long, so that the rest need not read theirs again; 0: never */
     bool prefix_cache;
     bool manual;               /* no thread: the caller ticks (tests, simulation) */
 } choir_scheduler_options;
@@ -32,6 +35,7 @@ typedef struct choir_scheduler_options {
                                .outbox_bytes = 64 << 10,                                           \
                                .slow_reader_ms = 30000,                                            \
                                .stall_ms = 30000,                                                  \
+                               .max_hold_ms = 2000,                                                \
                                .prefix_cache = true})
 
 /* The step the scheduler calls: choir_engine_step, or a simulated one in tests. */
@@ -154,6 +158,8 @@ typedef struct choir_scheduler_stats {
     uint64_t n_accepted, n_refused, n_done, n_cancelled, n_expired, n_failed, n_preempted;
     uint64_t last_step_ns, step_ns_total, rows_total; /* rows_total / n_steps: mean batch */
     choir_experts_stats experts; /* as of the last step */
+    uint32_t n_read_groups;      /* that take turns for the disk's sake; 1: all run together */
+    uint32_t step_tokens;        /* the token budget now */
     bool healthy;                                     /* forward progress, or nothing to do */
 } choir_scheduler_stats;
 /* Uses of streamed experts, aged, as of some steps ago: [n_layers, n_experts]; NULL to ask for the length;

@@ -79,6 +79,8 @@ static choir_status make_sequence(choir_scheduler *s, const choir_request *from,
             return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a request's routes");
     }
     choir_sampling sampling = from->sampling;
+    q->group = NO_GROUP;
+    CHOIR_TRY(reads_know(s, q));
     sampling.index = index;
     sampling.stop_ids = r->end_ids;
     sampling.n_stop_ids = r->n_end_ids;
@@ -86,6 +88,12 @@ static choir_status make_sequence(choir_scheduler *s, const choir_request *from,
     CHOIR_TRY(choir_sampler_see_prompt(q->sampler, from->tokens, from->n_tokens));
     if (s->engine.tokenizer == NULL) return CHOIR_OK;
     return choir_detokenizer_create(s->engine.tokenizer, from->skip_special, &q->detokenizer);
+}
+
+uint32_t sequence_remaining(const sequence *q)
+{
+    uint32_t drawn = q->n_tokens - q->n_prompt;
+    return q->of->max_new > drawn ? q->of->max_new - drawn : 0;
 }
 
 static void collect_end_ids(choir_scheduler *s, const choir_request *from, request *r)
@@ -140,6 +148,7 @@ void request_destroy(request *r)
         choir_free(q->held);
         choir_free(q->routes.experts);
         choir_free(q->routes.weights);
+        reads_forget(q);
         choir_sampler_destroy(q->sampler);
         choir_detokenizer_destroy(q->detokenizer);
     }

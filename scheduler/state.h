@@ -19,7 +19,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-enum { NO_STOP = UINT32_MAX, DELTA_ROOM = 4096 };
+enum { NO_STOP = UINT32_MAX, NO_GROUP = UINT32_MAX, DELTA_ROOM = 4096 };
 
 typedef enum sequence_state { SEQ_WAITING, SEQ_RUNNING, SEQ_PAUSED, SEQ_ENDED } sequence_state;
 
@@ -67,6 +67,9 @@ typedef struct sequence {
     bool selected;       /* has a span in this step */
     uint32_t n_rows;     /* of that span */
     choir_routes routes; /* of the span, when wanted */
+    float *wants;        /* NULL, or [n_layers, n_experts]: how likely a token wants each; reads.c */
+    choir_routes drawn_by; /* of the last token, where experts are streamed */
+    uint32_t n_seen, group; /* tokens that `wants` has learnt from; NO_GROUP: it runs with everybody */
 } sequence;
 
 struct request {
@@ -89,12 +92,26 @@ struct request {
     bool admitted;
 };
 
+/* Who runs with whom for the disk's sake; reads.c. */
+typedef struct read_groups {
+    bool streamed;
+    size_t n_pairs;      /* n_layers * n_experts */
+    float *absent;       /* scratch */
+    uint32_t n_groups;   /* below 2: all run together */
+    uint32_t turn, n_steps, turn_steps; /* whose turn it is, steps it has had and may have */
+    uint32_t until_review, shun;        /* steps; reviews without groups */
+    uint32_t step_tokens;               /* rows of a step at most, now */
+    double step_ns, token_ns[2];        /* measured: a step; a token together, and in groups (0: unknown) */
+    uint64_t last_steps, last_step_ns, last_stall_ns, last_misses, last_rows; /* as of the last review */
+} read_groups;
+
 struct choir_scheduler {
     choir_step_engine engine;
     choir_scheduler_options options;
     kv_pages pages;
     prefix_cache *prefix; /* NULL: off */
     uint32_t n_kv_pages, n_idle_ticks; /* pages that may be in use; kv_share.c */
+    read_groups reads;
 
     pthread_t thread;
     bool threaded;
@@ -130,6 +147,7 @@ choir_status request_create(choir_scheduler *s, const choir_request *from, choir
 void request_destroy(request *r);
 void sequence_move(choir_scheduler *s, sequence *q, sequence_state to);
 void sequence_drop_pages(choir_scheduler *s, sequence *q, bool suspect);
+uint32_t sequence_remaining(const sequence *q); /* tokens that it may still draw */
 /* Takes one drawn token: text, stops, ends; puts the delta into the outbox. */
 void sequence_take_token(choir_scheduler *s, sequence *q, const choir_sample *sample);
 /* Ends every sequence of a request; `message` NULL: a good end. */
@@ -158,6 +176,16 @@ void stream_wake(choir_stream *stream);
 /* kv_share.c */
 void kv_share_begin(choir_scheduler *s);
 void kv_share_before_step(choir_scheduler *s);
+
+/* reads.c */
+choir_status reads_create(choir_scheduler *s) CHOIR_MUST_USE;
+void reads_destroy(choir_scheduler *s);
+choir_status reads_know(choir_scheduler *s, sequence *q) CHOIR_MUST_USE; /* a sequence is made */
+void reads_forget(sequence *q);
+void reads_before_choice(choir_scheduler *s); /* s->order is by rank */
+bool reads_may_run(const choir_scheduler *s, const sequence *q, uint64_t now);
+void reads_note(choir_scheduler *s, sequence *q, const choir_routes *routes); /* NULL: unknown */
+void reads_after_step(choir_scheduler *s, uint32_t n_rows);
 
 /* tick.c */
 bool scheduler_tick(choir_scheduler *s);

@@ -192,10 +192,12 @@ static uint32_t n_pending(const sequence *q)
 
 static void select_decode(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
+    uint64_t now = choir_clock_now();
     for (uint32_t i = 0; i < n && *budget > 0; i++) {
         sequence *q = s->order[i];
         if (q->state != SEQ_RUNNING || n_pending(q) != 1) continue;
         if (*n_selected == s->options.max_sequences) break;
+        if (!reads_may_run(s, q, now)) continue;
         if (!reserve(s, i, n, q->n_tokens, false)) {
             preempt(s, q); /* nobody behind it can give: it waits itself */
             continue;
@@ -205,12 +207,20 @@ static void select_decode(choir_scheduler *s, uint32_t n, uint32_t *budget, uint
     }
 }
 
+/* Rows that the sequence may have of the budget; there is room for so many routes, where they are wanted. */
+static uint32_t chunk(const choir_scheduler *s, const sequence *q, uint32_t budget)
+{
+    if (q->of->want_routes && budget > s->options.max_step_tokens)
+        budget = s->options.max_step_tokens;
+    return n_pending(q) < budget ? n_pending(q) : budget;
+}
+
 static void select_prefill(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
     for (uint32_t i = 0; i < n && *budget > 0 && *n_selected < s->options.max_sequences; i++) {
         sequence *q = s->order[i];
         if (q->state != SEQ_RUNNING || q->selected || n_pending(q) <= 1) continue;
-        uint32_t rows = n_pending(q) < *budget ? n_pending(q) : *budget;
+        uint32_t rows = chunk(s, q, *budget);
         if (!reserve(s, i, n, q->n_computed + rows, false)) {
             preempt(s, q);
             continue;
@@ -256,7 +266,7 @@ static bool enter(choir_scheduler *s, uint32_t at, uint32_t n, uint32_t budget)
     uint32_t shared = forks ? (q->n_prompt - 1) / s->engine.page_tokens : 0;
     if (forks && !has_room(s, n_owed(s, q) - shared)) return false;
     if (!forks || !fork_from_first(s, q)) match_prefix(s, q);
-    uint32_t rows = n_pending(q) < budget ? n_pending(q) : budget;
+    uint32_t rows = chunk(s, q, budget);
     if (has_room(s, n_owed(s, q)) && reserve(s, at, n, q->n_computed + rows, true)) {
         sequence_move(s, q, SEQ_RUNNING);
         return true;
@@ -291,16 +301,24 @@ static void admit(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_
         note_admission(s, q->of, q);
         n_running++;
         if (*n_selected == s->options.max_sequences) return;
-        select_rows(q, n_pending(q) < *budget ? n_pending(q) : *budget, budget);
+        select_rows(q, chunk(s, q, *budget), budget);
         ++*n_selected;
     }
 }
 
+static choir_routes *routes_for(sequence *q)
+{
+    if (q->routes.experts != NULL) return &q->routes;
+    return q->n_rows == 1 && q->drawn_by.experts != NULL ? &q->drawn_by : NULL;
+}
+
 static uint32_t choose(choir_scheduler *s)
 {
-    uint32_t budget = s->options.max_step_tokens, n_selected = 0, n = s->n_live;
+    uint32_t n_selected = 0, n = s->n_live;
     memcpy(s->order, s->live, n * sizeof *s->order);
     qsort(s->order, n, sizeof *s->order, by_rank);
+    reads_before_choice(s);
+    uint32_t budget = s->reads.step_tokens;
     for (uint32_t i = 0; i < n; i++) s->order[i]->selected = false;
     select_decode(s, n, &budget, &n_selected);
     select_prefill(s, n, &budget, &n_selected);
@@ -318,7 +336,8 @@ static uint32_t choose(choir_scheduler *s)
                                            .n_pages = q->n_pages,
                                            .n_logits = draws,
                                            .sampler = draws ? q->sampler : NULL,
-                                           .routes = q->routes.experts != NULL ? &q->routes : NULL};
+                                           .routes = routes_for(q),
+                                           .remaining = sequence_remaining(q)};
     }
     return n_spans;
 }
@@ -352,6 +371,7 @@ static bool hand_out(choir_scheduler *s, uint32_t n_spans)
             continue;
         }
         q->n_computed += q->n_rows;
+        reads_note(s, q, s->spans[i].routes);
         register_pages(s, q);
         if (s->spans[i].sampler != NULL) sequence_take_token(s, q, &s->spans[i].sample);
     }
@@ -422,7 +442,10 @@ bool scheduler_tick(choir_scheduler *s)
         s->stats.last_step_ns = choir_clock_now() - start;
         s->stats.step_ns_total += s->stats.last_step_ns;
         s->stats.n_steps++;
-        for (uint32_t i = 0; i < n_spans; i++) s->stats.rows_total += s->spans[i].n_tokens;
+        uint32_t n_rows = 0;
+        for (uint32_t i = 0; i < n_spans; i++) n_rows += s->spans[i].n_tokens;
+        s->stats.rows_total += n_rows;
+        reads_after_step(s, n_rows);
         if (status == CHOIR_OK)
             worked = hand_out(s, n_spans);
         else
