@@ -9,7 +9,7 @@ enum { BLOCK = 32 };
 bool choir_tune_can_encode(choir_dtype dtype)
 {
     return dtype == CHOIR_F32 || dtype == CHOIR_F16 || dtype == CHOIR_BF16 || dtype == CHOIR_Q8_0 ||
-           dtype == CHOIR_Q4_1 || dtype == CHOIR_Q4_0;
+           dtype == CHOIR_Q4_1 || dtype == CHOIR_Q4_0 || dtype == CHOIR_Q2 || dtype == CHOIR_Q3;
 }
 
 static void put_f16(float x, uint8_t *out)
@@ -94,6 +94,129 @@ static bool encode_q4_0(const float *x, uint8_t *out)
     return true;
 }
 
+/* -- Q2 and Q3 --
+ * With so few codes it matters where they lie: the ends of a block's range are seldom the best.
+ * From several ranges codes are assigned and the line through them is fitted by least squares, in
+ * turns; the error is that of the numbers as f16 holds them. The first range is that of plain
+ * rounding, so no block comes out worse than that. */
+
+enum { FITS = 3 };
+
+/* x = d * code + m, codes 0 … top; of Q3 m is -4 d. */
+typedef struct line {
+    float d, m, error;
+    uint8_t code[BLOCK];
+} line;
+
+static float as_f16(float x)
+{
+    uint16_t half;
+    float rounded;
+    put_f16(x, (uint8_t *)&half);
+    choir_tensor_row(&(choir_tensor){CHOIR_F16, 1, 1, &half, sizeof half}, 0, &rounded);
+    return rounded;
+}
+
+static void assign_codes(const float *x, int top, line *l)
+{
+    const float inverse = inverse_of(l->d), most = (float)top;
+    l->error = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        float v = (x[i] - l->m) * inverse;
+        v = v > 0 ? v < most ? v : most : 0; /* NaN is 0 */
+        l->code[i] = (uint8_t)(v + 0.5F);
+        float e = x[i] - (l->d * (float)l->code[i] + l->m);
+        l->error += e * e;
+    }
+}
+
+static void fit_q2(const float *x, line *l)
+{
+    float c = 0, cc = 0, sum = 0, cx = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        float code = (float)l->code[i];
+        c += code;
+        cc += code * code;
+        sum += x[i];
+        cx += code * x[i];
+    }
+    float det = BLOCK * cc - c * c; /* 0: all codes are the same */
+    l->d = as_f16(det > 0 ? (BLOCK * cx - c * sum) / det : 0);
+    l->m = as_f16((sum - l->d * c) / BLOCK);
+}
+
+static void fit_q3(const float *x, line *l)
+{
+    float cc = 0, cx = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        float code = (float)l->code[i] - 4;
+        cc += code * code;
+        cx += code * x[i];
+    }
+    l->d = as_f16(cc > 0 ? cx / cc : 0);
+    l->m = -4 * l->d;
+}
+
+/* Whatever is better than `best` on the way from a first guess. */
+static void search(const float *x, int top, void (*fit)(const float *, line *), float d, float m,
+                   line *best)
+{
+    line l = {.d = as_f16(d), .m = as_f16(m)};
+    if (top == 7) l.m = -4 * l.d;
+    for (int i = 0; i < FITS; i++) {
+        assign_codes(x, top, &l);
+        if (l.error < best->error) *best = l;
+        fit(x, &l);
+    }
+}
+
+/* 32 2-bit codes: bits 2j of byte i are element 8j + i. */
+static void put_pairs(const uint8_t *code, uint8_t *out)
+{
+    memset(out, 0, 8);
+    for (int i = 0; i < BLOCK; i++) out[i % 8] |= (uint8_t)((code[i] & 3) << (i / 8 * 2));
+}
+
+static bool encode_q2(const float *x, uint8_t *out)
+{
+    float min = x[0], max = x[0];
+    for (int i = 1; i < BLOCK; i++) {
+        min = fminf(min, x[i]);
+        max = fmaxf(max, x[i]);
+    }
+    if (fabsf(min) > F16_MAX || fabsf(max) > F16_MAX) return false;
+    line best = {.error = INFINITY};
+    for (int cut = 0; cut < 8; cut++) { /* sixteenths of the range, from both ends */
+        float off = (max - min) * (float)cut / 32;
+        search(x, 3, fit_q2, (max - min - 2 * off) / 3, min + off, &best);
+    }
+    put_f16(best.d, out);
+    put_f16(best.m, out + 2);
+    put_pairs(best.code, out + 4);
+    return true;
+}
+
+static bool encode_q3(const float *x, uint8_t *out)
+{
+    float largest = 0;
+    for (int i = 0; i < BLOCK; i++)
+        if (fabsf(x[i]) > fabsf(largest)) largest = x[i];
+    if (fabsf(largest) > F16_MAX) return false;
+    line best = {.error = INFINITY};
+    for (int i = 0; i < 6; i++) { /* the largest is 4 (as in Q4_0, 8), 4.4, … 6 steps from 0 */
+        float d = largest / (4 + 0.4F * (float)i);
+        search(x, 7, fit_q3, -d, 0, &best);
+    }
+    for (int i = 0; i < 6; i++) /* or 3, 3.4, … 5, on the other side */
+        search(x, 7, fit_q3, largest / (3 + 0.4F * (float)i), 0, &best);
+    uint32_t third = 0;
+    for (int i = 0; i < BLOCK; i++) third |= (uint32_t)(best.code[i] >> 2) << i;
+    put_f16(best.d, out);
+    put_pairs(best.code, out + 2);
+    memcpy(out + 10, &third, sizeof third);
+    return true;
+}
+
 bool choir_tune_encode(choir_dtype dtype, const float *x, uint32_t n, void *out)
 {
     uint8_t *to = out;
@@ -123,6 +246,12 @@ bool choir_tune_encode(choir_dtype dtype, const float *x, uint32_t n, void *out)
         return good;
     case CHOIR_Q4_0:
         for (uint32_t i = 0; i < n && good; i += BLOCK, to += 18) good = encode_q4_0(x + i, to);
+        return good;
+    case CHOIR_Q2:
+        for (uint32_t i = 0; i < n && good; i += BLOCK, to += 12) good = encode_q2(x + i, to);
+        return good;
+    case CHOIR_Q3:
+        for (uint32_t i = 0; i < n && good; i += BLOCK, to += 14) good = encode_q3(x + i, to);
         return good;
     default:
         CHOIR_ASSERT(!"a type that cannot be written");
