@@ -100,65 +100,88 @@ static bool encode_q4_0(const float *x, uint8_t *out)
  * turns; the error is that of the numbers as f16 holds them. The first range is that of plain
  * rounding, so no block comes out worse than that. */
 
-enum { FITS = 3 };
+enum { FITS = 3, LANES = 8 }; /* sums in LANES parts, which compilers make vectors of */
 
 /* x = d * code + m, codes 0 … top; of Q3 m is -4 d. */
 typedef struct line {
     float d, m, error;
-    uint8_t code[BLOCK];
+    float code[BLOCK];
 } line;
 
+/* The nearest number that f16 has, as put_f16() writes it. */
 static float as_f16(float x)
 {
-    uint16_t half;
-    float rounded;
-    put_f16(x, (uint8_t *)&half);
-    choir_tensor_row(&(choir_tensor){CHOIR_F16, 1, 1, &half, sizeof half}, 0, &rounded);
-    return rounded;
+    float size = fabsf(x);
+    if (size < 0x1p-14F) {
+        size = (size + 0.5F) - 0.5F; /* multiples of 2^-24 */
+    } else {
+        uint32_t bits;
+        memcpy(&bits, &size, sizeof bits);
+        bits = (bits + 0xFFF + (bits >> 13 & 1)) & ~UINT32_C(0x1FFF);
+        memcpy(&size, &bits, sizeof bits);
+    }
+    return copysignf(size > F16_MAX ? INFINITY : size, x);
 }
 
-static void assign_codes(const float *x, int top, line *l)
+static float total(const float *sum)
 {
-    const float inverse = inverse_of(l->d), most = (float)top;
-    l->error = 0;
-    for (int i = 0; i < BLOCK; i++) {
-        float v = (x[i] - l->m) * inverse;
-        v = v > 0 ? v < most ? v : most : 0; /* NaN is 0 */
-        l->code[i] = (uint8_t)(v + 0.5F);
-        float e = x[i] - (l->d * (float)l->code[i] + l->m);
-        l->error += e * e;
-    }
+    float t = 0;
+    for (int k = 0; k < LANES; k++) t += sum[k];
+    return t;
+}
+
+static void assign_codes(const float *restrict x, float top, line *restrict l)
+{
+    const float inverse = inverse_of(l->d), d = l->d, m = l->m;
+    float error[LANES] = {0};
+    for (int i = 0; i < BLOCK; i += LANES)
+        for (int k = 0; k < LANES; k++) {
+            float v = (x[i + k] - m) * inverse;
+            v = v > 0 ? v : 0; /* NaN is 0 */
+            v = v < top ? v : top;
+            float code = (float)(int)(v + 0.5F), e = x[i + k] - (d * code + m);
+            l->code[i + k] = code;
+            error[k] += e * e;
+        }
+    l->error = total(error);
+}
+
+/* Sums over a block, of codes less `zero`. */
+typedef struct sums {
+    float c, cc, x, cx;
+} sums;
+
+static sums sum_up(const float *restrict x, const line *restrict l, float zero)
+{
+    float c[LANES] = {0}, cc[LANES] = {0}, s[LANES] = {0}, cx[LANES] = {0};
+    for (int i = 0; i < BLOCK; i += LANES)
+        for (int k = 0; k < LANES; k++) {
+            float code = l->code[i + k] - zero;
+            c[k] += code;
+            cc[k] += code * code;
+            s[k] += x[i + k];
+            cx[k] += code * x[i + k];
+        }
+    return (sums){total(c), total(cc), total(s), total(cx)};
 }
 
 static void fit_q2(const float *x, line *l)
 {
-    float c = 0, cc = 0, sum = 0, cx = 0;
-    for (int i = 0; i < BLOCK; i++) {
-        float code = (float)l->code[i];
-        c += code;
-        cc += code * code;
-        sum += x[i];
-        cx += code * x[i];
-    }
-    float det = BLOCK * cc - c * c; /* 0: all codes are the same */
-    l->d = as_f16(det > 0 ? (BLOCK * cx - c * sum) / det : 0);
-    l->m = as_f16((sum - l->d * c) / BLOCK);
+    sums s = sum_up(x, l, 0);
+    float det = BLOCK * s.cc - s.c * s.c; /* 0: all codes are the same */
+    l->d = as_f16(det > 0 ? (BLOCK * s.cx - s.c * s.x) / det : 0);
+    l->m = as_f16((s.x - l->d * s.c) / BLOCK);
 }
 
 static void fit_q3(const float *x, line *l)
 {
-    float cc = 0, cx = 0;
-    for (int i = 0; i < BLOCK; i++) {
-        float code = (float)l->code[i] - 4;
-        cc += code * code;
-        cx += code * x[i];
-    }
-    l->d = as_f16(cc > 0 ? cx / cc : 0);
+    sums s = sum_up(x, l, 4);
+    l->d = as_f16(s.cc > 0 ? s.cx / s.cc : 0);
     l->m = -4 * l->d;
 }
 
 /* Whatever is better than `best` on the way from a first guess. */
-static void search(const float *x, int top, void (*fit)(const float *, line *), float d, float m,
+static void search(const float *x, float top, void (*fit)(const float *, line *), float d, float m,
                    line *best)
 {
     line l = {.d = as_f16(d), .m = as_f16(m)};
@@ -170,11 +193,11 @@ static void search(const float *x, int top, void (*fit)(const float *, line *), 
     }
 }
 
-/* 32 2-bit codes: bits 2j of byte i are element 8j + i. */
-static void put_pairs(const uint8_t *code, uint8_t *out)
+/* The lower two bits of 32 codes: bits 2j of byte i are element 8j + i. */
+static void put_pairs(const float *code, uint8_t *out)
 {
     memset(out, 0, 8);
-    for (int i = 0; i < BLOCK; i++) out[i % 8] |= (uint8_t)((code[i] & 3) << (i / 8 * 2));
+    for (int i = 0; i < BLOCK; i++) out[i % 8] |= (uint8_t)(((int)code[i] & 3) << (i / 8 * 2));
 }
 
 static bool encode_q2(const float *x, uint8_t *out)
@@ -210,7 +233,7 @@ static bool encode_q3(const float *x, uint8_t *out)
     for (int i = 0; i < 6; i++) /* or 3, 3.4, … 5, on the other side */
         search(x, 7, fit_q3, largest / (3 + 0.4F * (float)i), 0, &best);
     uint32_t third = 0;
-    for (int i = 0; i < BLOCK; i++) third |= (uint32_t)(best.code[i] >> 2) << i;
+    for (int i = 0; i < BLOCK; i++) third |= (uint32_t)((int)best.code[i] >> 2) << i;
     put_f16(best.d, out);
     put_pairs(best.code, out + 2);
     memcpy(out + 10, &third, sizeof third);

@@ -380,11 +380,15 @@ static void test_memory(void **state)
     write_routes(MODELS "/mixtral", false);
     make_pack(MODELS "/mixtral", CHOIR_Q3);
     choir_engine_options o = serving(0.5, 4);
+    o.n_threads = 1;
+    o.max_rows = o.max_spans = 4;
+    o.kv_bytes = 0;
+    o.expert_bytes = (uint64_t)1 << 20;
     o.io = CHOIR_IO_PREAD;
     open_without_memory(pack, &o);
     choir_pack_options p = packing(MODELS "/mixtral", CHOIR_Q3);
     p.n_threads = 1;
-    for (uint64_t i = 1; i < 400; i++) {
+    for (uint64_t i = 1; i < 250; i++) {
         choir_memory_fail_at(i);
         choir_status status = choir_pack_write(&p);
         choir_memory_fail_at(0);
