@@ -45,9 +45,6 @@ choir_status choir_small_plan(choir_engine *e, const choir_model_file *file)
     for (uint32_t l = 0; l < c->n_layers; l++)
         for (uint32_t x = 0; (c->layers[l] & CHOIR_LAYER_MOE) != 0 && x < c->n_experts; x++)
             e->small[(size_t)l * c->n_experts + x] = is_rare(pack, l, x, c->n_experts, n);
-    if (e->options.show_progress)
-        choir_log(CHOIR_LOG_INFO, "%u of %u experts a layer are computed from their small copies",
-                  n, c->n_experts);
     return CHOIR_OK;
 }
 
