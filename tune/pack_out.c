@@ -222,7 +222,7 @@ static choir_status place_small(packer *p)
 {
     choir_pack_header *h = &p->header;
     uint32_t first = 0;
-    uint64_t at = h->file_bytes, own = 0, copies = 0;
+    uint64_t at = h->file_bytes;
     while (first < h->n_tensors && p->tensors[first].role != CHOIR_ROLE_EXPERT_GATE) first++;
     for (uint32_t i = 0; i < h->n_runs; i++) {
         choir_pack_small *x = &p->small[i];
@@ -240,13 +240,8 @@ static choir_status place_small(packer *p)
         if (p->usage != NULL)
             x->usage = p->usage[(size_t)r->layer * p->config->n_experts + r->expert];
         p->units[p->n_units++] = (unit){first + i, i, true, x->offset, x->bytes};
-        own += r->bytes;
-        copies += x->bytes;
     }
     h->file_bytes = choir_round_up(at, CHOIR_PACK_PAGE);
-    if (copies > own)
-        return choir_fail(CHOIR_E_INVALID, "copies in %s would be larger than the experts of %s",
-                          choir_dtype_text(p->options->small), p->options->model);
     return CHOIR_OK;
 }
 
@@ -664,6 +659,8 @@ static choir_status prepare_small(packer *p)
     if (o->small == CHOIR_N_DTYPES && o->usage != NULL)
         return choir_fail(CHOIR_E_INVALID, "experts' usage is kept beside small copies alone");
     if (o->small == CHOIR_N_DTYPES) return CHOIR_OK;
+    if (o->small != CHOIR_Q2 && o->small != CHOIR_Q3 && o->small != CHOIR_Q4_0)
+        return choir_fail(CHOIR_E_INVALID, "small copies can be Q2, Q3 or Q4_0");
     if (n == 0)
         return choir_fail(CHOIR_E_INVALID, "%s is dense, it has no experts to be copied",
                           p->config->name);
