@@ -70,6 +70,7 @@ typedef struct choir_cli_engine_values {
     const char *io, *policy;
     uint64_t io_depth;
     bool no_prefetch;
+    double small_experts;
     const char *adapter;
 } choir_cli_engine_values;
 // clang-format off
@@ -92,6 +93,8 @@ typedef struct choir_cli_engine_values {
      "reads in flight at once; 0: a few", 0, 4096},                                                              \
     {"no-prefetch", 0, CHOIR_OPTION_FLAG, offsetof(type, member.no_prefetch), NULL,                              \
      "streamed experts are not read ahead", 0, 0},                                                               \
+    {"small-experts", 0, CHOIR_OPTION_REAL, offsetof(type, member.small_experts), "SHARE",                       \
+     "of each layer's experts this share, the least used, from the pack's small copies", 0, 1},                  \
     {"adapter", 0, CHOIR_OPTION_TEXT, offsetof(type, member.adapter), "DIR", "a LoRA adapter (not there yet)", 0, 0}
 // clang-format on
 choir_status choir_cli_engine_options(const choir_cli_engine_values *values,

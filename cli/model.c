@@ -56,6 +56,7 @@ choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
     options->io_depth = (uint32_t)values->io_depth;
     options->expert_bytes = values->expert_memory;
     options->no_prefetch = values->no_prefetch;
+    options->small_experts = values->small_experts;
     if (values->io != NULL && !choir_io_parse(values->io, &options->io))
         return choir_fail(CHOIR_E_INVALID,
                           "--expert-io is '%.40s', must be auto, io_uring, io_uring-plain or pread",

@@ -7,7 +7,7 @@
 #include <string.h>
 
 typedef struct values {
-    const char *out, *quant;
+    const char *out, *quant, *small, *usage;
     uint64_t threads;
 } values;
 static const values defaults = {.threads = 0};
@@ -15,6 +15,10 @@ static const choir_option options[] = {
     {"output", 'o', CHOIR_OPTION_TEXT, offsetof(values, out), "F.choir", "the file to write", 0, 0},
     {"quant", 0, CHOIR_OPTION_TEXT, offsetof(values, quant), "TYPE",
      "matrices become q4_0, q8_0 or bf16; gates and norms stay f32", 0, 0},
+    {"small", 0, CHOIR_OPTION_TEXT, offsetof(values, small), "TYPE",
+     "a second copy of every expert as q2, q3 or q4_0, for --small-experts", 0, 0},
+    {"usage", 0, CHOIR_OPTION_TEXT, offsetof(values, usage), "ROUTES.jsonl",
+     "with --small: what `choir logits --routes` wrote tells which experts are rare", 0, 0},
     {"threads", 't', CHOIR_OPTION_COUNT, offsetof(values, threads), "N",
      "worker threads; 0: one per core", 0, 256},
 };
@@ -25,16 +29,27 @@ static bool parse_quant(const char *text, choir_dtype *out)
                                                 *out == CHOIR_BF16 || *out == CHOIR_N_DTYPES);
 }
 
+static bool parse_small(const char *text, choir_dtype *out)
+{
+    return choir_cli_parse_dtype(text, out) &&
+           (*out == CHOIR_Q2 || *out == CHOIR_Q3 || *out == CHOIR_Q4_0 || *out == CHOIR_N_DTYPES);
+}
+
 static choir_status run(void *verb_values, choir_arguments *arguments)
 {
     const values *v = verb_values;
     char path[4096];
-    choir_pack_options o = {
-        .out = v->out, .n_threads = (uint32_t)v->threads, .show_progress = true};
+    choir_pack_options o = CHOIR_PACK_OPTIONS_DEFAULT;
+    o.out = v->out;
+    o.usage = v->usage;
+    o.n_threads = (uint32_t)v->threads;
+    o.show_progress = true;
     CHOIR_TRY(choir_cli_find_model(arguments->positional[0], path, sizeof path));
     o.model = path;
     if (!parse_quant(v->quant, &o.quant))
         return choir_fail(CHOIR_E_INVALID, "--quant is '%.20s'", v->quant);
+    if (!parse_small(v->small, &o.small))
+        return choir_fail(CHOIR_E_INVALID, "--small is '%.20s'", v->small);
     choir_cli_catch_interrupts();
     o.interrupted = &choir_cli_interrupted;
     CHOIR_TRY(choir_pack_write(&o));
@@ -54,12 +69,17 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     if (!parse_quant(v->quant, &dtype))
         return choir_fail(CHOIR_E_INVALID, "--quant is '%.20s', must be q4_0, q8_0 or bf16",
                           v->quant);
+    if (!parse_small(v->small, &dtype))
+        return choir_fail(CHOIR_E_INVALID, "--small is '%.20s', must be q2, q3 or q4_0", v->small);
+    if (v->usage != NULL && v->small == NULL)
+        return choir_fail(CHOIR_E_INVALID, "--usage says which experts are rare, for --small TYPE");
     return CHOIR_OK;
 }
 
 const choir_verb choir_verb_pack = {
     .name = "pack",
-    .arguments = "MODEL -o F.choir [--quant q4_0|q8_0|bf16]",
+    .arguments =
+        "MODEL -o F.choir [--quant q4_0|q8_0|bf16] [--small q2|q3|q4_0] [--usage ROUTES.jsonl]",
     .summary = "a model into one file that streams: experts page-aligned, each with its checksum",
     .example = "choir pack demo-moe-q8_0 -o demo.choir",
     .options = options,

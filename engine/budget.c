@@ -67,6 +67,8 @@ choir_status choir_budget_plan(choir_engine *e, const choir_model_file *file)
                              memory = e->options.memory_bytes;
     if (memory == 0) return CHOIR_OK;
     CHOIR_TRY(choir_model_file_weigh(file, 64, &dense, &experts));
+    uint64_t few = few_experts(e, file, experts); /* slots are of the largest */
+    experts = choir_small_weigh(e, file, experts);
     malloc_trim(0); /* what parsing the model's texts took and gave back */
     process = process_bytes() + SLACK;
     uint64_t page = choir_kv_page_bytes(e), wanted = e->options.kv_bytes;
@@ -93,7 +95,7 @@ choir_status choir_budget_plan(choir_engine *e, const choir_model_file *file)
     scratch = grown;
     uint64_t kv_floor = rest / 8 > least_kv ? rest / 8 : least_kv;
     if (kv_floor > wanted) kv_floor = wanted;
-    uint64_t expert_floor = rest / 8, few = few_experts(e, file, experts);
+    uint64_t expert_floor = rest / 8;
     if (expert_floor < few) expert_floor = few;
     if (rest < kv_floor + expert_floor)
         return too_small(e, dense, scratch, process, least_kv + few);

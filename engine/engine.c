@@ -23,6 +23,9 @@ static choir_status check_options(choir_engine_options *o)
     if (o->max_spans == 0 || o->max_spans > o->max_rows)
         return choir_fail(CHOIR_E_INVALID, "max_spans is %u, must be 1 to max_rows (%u)",
                           o->max_spans, o->max_rows);
+    if (!(o->small_experts >= 0 && o->small_experts <= 1))
+        return choir_fail(CHOIR_E_INVALID, "small_experts is %g, must be a share from 0 to 1",
+                          o->small_experts);
     return CHOIR_OK;
 }
 
@@ -51,6 +54,7 @@ static choir_status open_from(choir_engine *e, const choir_model_file *file)
     CHOIR_TRY(open_template(e, file));
     CHOIR_TRY(choir_workers_create(e->options.n_threads, &e->workers));
     e->n_threads = choir_workers_count(e->workers);
+    CHOIR_TRY(choir_small_plan(e, file));
     CHOIR_TRY(choir_budget_plan(e, file));
     CHOIR_TRY(choir_engine_load_weights(e, file));
     CHOIR_TRY(choir_rope_create(e, file));

@@ -39,6 +39,8 @@ typedef struct choir_engine_options {
     choir_io io;            /* how they are read */
     uint32_t io_depth;      /* reads in flight; 0: a few */
     choir_policy_kind policy; /* who stays in memory */
+    double small_experts;   /* 0 … 1: so many of each layer's experts, the least used, are computed from the
+                             * small copies that a pack may hold, whether they are in memory or not */
     bool no_prefetch;       /* the next layer's experts are not guessed */
     uint64_t stall_ns;      /* a step waits so long for a disk that gives nothing */
     choir_disk *disk;       /* NULL, or taken over: tests */
@@ -127,5 +129,6 @@ choir_experts_stats choir_engine_expert_stats(const choir_engine *engine);
 float choir_engine_expert_heat(const choir_engine *engine, uint32_t layer, uint32_t expert);
 uint32_t choir_engine_n_experts_pinned(const choir_engine *engine); /* 0 between steps */
 const char *choir_engine_path(const choir_engine *engine);
-/* XXH3 over all tensors' bytes as the file has them: changes whenever the weights do. */
+/* XXH3 over all tensors' bytes as the file has them, and over which experts are small copies: changes whenever
+ * the weights that are computed with do. */
 uint64_t choir_engine_digest(const choir_engine *engine);

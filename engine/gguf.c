@@ -179,8 +179,9 @@ static choir_status fail_type(const choir_gguf *g, choir_text name, uint32_t typ
     size_t n = 0;
     const char *text = "unknown";
     for (uint32_t d = 0; d < CHOIR_N_DTYPES && n < sizeof known; d++)
-        n += (size_t)snprintf(known + n, sizeof known - n, "%s%s", d > 0 ? ", " : "",
-                              choir_dtype_text((choir_dtype)d));
+        if (choir_dtype_in_gguf((choir_dtype)d))
+            n += (size_t)snprintf(known + n, sizeof known - n, "%s%s", d > 0 ? ", " : "",
+                                  choir_dtype_text((choir_dtype)d));
     for (size_t i = 0; i < sizeof lacking / sizeof *lacking; i++)
         if (lacking[i].id == type) text = lacking[i].text;
     return choir_fail(CHOIR_E_UNIMPLEMENTED,

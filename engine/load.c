@@ -71,12 +71,22 @@ static choir_status plan_layout(const loader *l, const choir_tensor *t, choir_ma
     return CHOIR_OK;
 }
 
+/* A tensor of a pack; of an expert the one that is computed with. */
+static const choir_pack_tensor *find_packed(const loader *l, choir_role role, uint32_t layer_index,
+                                            uint32_t index)
+{
+    const choir_pack *pack = choir_model_file_pack(l->file);
+    for (int i = 0; i < CHOIR_EXPERT_PARTS; i++)
+        if (role == choir_expert_roles[i] && choir_expert_is_small(l->engine, layer_index, index))
+            return &choir_pack_find_small(pack, layer_index, index)[i];
+    return choir_pack_find(pack, role, layer_index, index);
+}
+
 /* A pack's matrix; in exact mode it will be f32 again. */
 static choir_status plan_packed(loader *l, choir_role role, uint32_t layer_index, uint32_t index,
                                 choir_matrix *out)
 {
-    const choir_pack *pack = choir_model_file_pack(l->file);
-    const choir_pack_tensor *t = choir_pack_find(pack, role, layer_index, index);
+    const choir_pack_tensor *t = find_packed(l, role, layer_index, index);
     CHOIR_ASSERT(t != NULL && l->n_jobs < l->max_jobs); /* choir_pack_check() has seen it */
     *out = choir_pack_matrix(t);
     if (l->engine->options.exact) {
@@ -135,21 +145,17 @@ static choir_status read_expert_biases(loader *l, uint32_t layer_index, uint32_t
 
 static choir_status place_packed(loader *l, uint32_t layer_index, uint32_t x)
 {
-    const choir_pack *pack = choir_model_file_pack(l->file);
-    const choir_pack_run *run = choir_pack_find_run(pack, layer_index, x);
-    choir_expert_source source = {
-        .packed = true,
-        .n_extents = 1,
-        .extents = {{.bytes = (uint32_t)choir_round_up(run->bytes, CHOIR_PACK_PAGE),
-                     .offset = run->offset}},
-    };
+    choir_expert_source source = {.packed = true, .n_extents = 1};
     choir_expert planned = {0};
     choir_matrix *parts[] = {&planned.gate, &planned.up, &planned.down};
     for (int i = 0; i < CHOIR_EXPERT_PARTS; i++) {
-        const choir_pack_tensor *t = choir_pack_find(pack, choir_expert_roles[i], layer_index, x);
+        const choir_pack_tensor *t = find_packed(l, choir_expert_roles[i], layer_index, x);
         *parts[i] = choir_pack_matrix(t);
         source.checksums[i] = t->checksum;
+        if (i == 0) source.extents[0].offset = t->offset; /* the run's */
     }
+    source.extents[0].bytes =
+        (uint32_t)choir_round_up(choir_expert_run_bytes(&planned), CHOIR_PACK_PAGE);
     CHOIR_TRY(read_expert_biases(l, layer_index, x, &planned));
     return choir_experts_place(l->engine->experts, layer_index, x, &planned, &source);
 }
@@ -485,6 +491,7 @@ choir_status choir_engine_load_weights(choir_engine *e, const choir_model_file *
     e->digest = atomic_load_explicit(&l.digest, memory_order_relaxed);
     if (l.pack_fd >= 0)
         e->digest = choir_pack_get_header(choir_model_file_pack(file))->tables_hash;
+    e->digest = choir_small_digest(e, e->digest);
 done:
     if (l.pack_fd >= 0) close(l.pack_fd);
     choir_free(l.jobs);
@@ -495,6 +502,7 @@ void choir_engine_free_weights(choir_engine *e)
 {
     choir_experts_destroy(e->experts);
     choir_free(e->slices);
+    choir_free(e->small);
     choir_arena_destroy(e->vectors);
     choir_free(e->layers);
     choir_free_pages(CHOIR_MEM_WEIGHTS, e->weights, e->weight_bytes);

@@ -14,7 +14,10 @@ struct choir_pack {
     uint8_t *tables, *vectors;
     const choir_pack_tensor *tensors; /* ascending by role, layer, index */
     const choir_pack_run *runs;       /* ascending by layer, expert */
+    const choir_pack_small *small;    /* NULL, or [n_runs] */
     const choir_pack_text_entry *texts;
+    choir_pack_tensor
+        *small_tensors; /* NULL, or [n_runs][3], made of `small` and the experts' shapes */
 };
 
 /* Where open's bytes come from: a file, or memory. */
@@ -57,19 +60,23 @@ static choir_status read_header(const source *s, choir_pack_header *h)
             "%s is not finished: `choir pack` with the same arguments goes on with it", s->name);
     if (memcmp(h->magic, CHOIR_PACK_MAGIC, 8) != 0)
         return choir_fail(CHOIR_E_FORMAT, "%s is not a .choir file", s->name);
-    if (h->version != CHOIR_PACK_VERSION)
+    bool small = h->version == CHOIR_PACK_VERSION_SMALL;
+    if (h->version != CHOIR_PACK_VERSION && !small)
         return choir_fail(CHOIR_E_UNIMPLEMENTED,
-                          "%s has version %u, this Choir reads %d: pack the model again", s->name,
-                          h->version, CHOIR_PACK_VERSION);
+                          "%s has version %u, this Choir reads %d and %d: pack the model again",
+                          s->name, h->version, CHOIR_PACK_VERSION, CHOIR_PACK_VERSION_SMALL);
     if (XXH3_64bits(page, CHOIR_PACK_HASH_AT) != hash)
         return choir_fail(CHOIR_E_DATA_LOSS, "%s: the header's checksum is wrong", s->name);
     if (h->page_bytes != CHOIR_PACK_PAGE) return bad(s, "page_bytes", h->page_bytes);
+    if ((h->flags & ~(uint32_t)(CHOIR_PACK_FROM_GGUF | (small ? CHOIR_PACK_HAS_USAGE : 0))) != 0)
+        return bad(s, "flags", h->flags);
     if (h->file_bytes != s->bytes)
         return choir_fail(CHOIR_E_FORMAT,
                           "%s has %zu bytes, its header says %" PRIu64 " (is it truncated?)",
                           s->name, s->bytes, h->file_bytes);
     uint64_t least = h->n_tensors * (uint64_t)sizeof(choir_pack_tensor) +
                      h->n_runs * (uint64_t)sizeof(choir_pack_run) +
+                     (small ? h->n_runs * (uint64_t)sizeof(choir_pack_small) : 0) +
                      h->n_texts * (uint64_t)sizeof(choir_pack_text_entry);
     if (h->tables_bytes > MAX_TABLES || least > h->tables_bytes ||
         h->tables_bytes > s->bytes - CHOIR_PACK_PAGE)
@@ -118,6 +125,57 @@ static choir_status check_tensor(const choir_pack *p, const source *s, uint32_t 
     return CHOIR_OK;
 }
 
+/* One part of a small copy as a tensor, `at` bytes into its run: of the expert's own shape, in the
+ * layout that this program would give it. */
+static choir_status small_part(const choir_pack *p, const source *s, uint32_t run, int k,
+                               uint64_t at)
+{
+    const choir_pack_run *r = &p->runs[run];
+    const choir_pack_small *x = &p->small[run];
+    const choir_pack_tensor *own = choir_pack_find(p, choir_expert_roles[k], r->layer, r->expert);
+    if (own == NULL) return bad(s, "a small copy of no expert, number", run);
+    if (x->dtypes[k] >= CHOIR_N_DTYPES) return bad(s, "a small copy's dtype", x->dtypes[k]);
+    choir_matrix m;
+    const choir_tensor like = {x->dtypes[k], own->rows, own->cols, p, SIZE_MAX};
+    CHOIR_TRY(choir_matrix_plan(&like, &m));
+    if (m.layout != x->layouts[k] || m.flags != x->flags[k])
+        return choir_fail(CHOIR_E_FORMAT,
+                          "%s: the small copy of expert %u in layer %u lies in a layout that this "
+                          "Choir does not make: pack the model again",
+                          s->name, r->expert, r->layer);
+    if (m.bytes > x->bytes) return bad(s, "a small copy's bytes", x->bytes);
+    p->small_tensors[run * 3 + (uint32_t)k] = (choir_pack_tensor){.role = own->role,
+                                                                  .layout = (uint8_t)m.layout,
+                                                                  .dtype = (uint8_t)m.dtype,
+                                                                  .layer = r->layer,
+                                                                  .index = r->expert,
+                                                                  .rows = m.rows,
+                                                                  .cols = m.cols,
+                                                                  .flags = m.flags,
+                                                                  .offset = x->offset + at,
+                                                                  .bytes = m.bytes,
+                                                                  .checksum = x->checksums[k]};
+    return CHOIR_OK;
+}
+
+static choir_status check_small(const choir_pack *p, const source *s, uint32_t run)
+{
+    const choir_pack_header *h = &p->header;
+    const choir_pack_small *x = &p->small[run];
+    if (x->offset % CHOIR_PACK_PAGE != 0 || x->offset > h->file_bytes ||
+        x->bytes > h->file_bytes - x->offset || x->bytes > UINT32_MAX / 2)
+        return bad(s, "a small copy out of its place, at", x->offset);
+    bool used = (h->flags & CHOIR_PACK_HAS_USAGE) != 0;
+    if (!(x->usage >= 0 && x->usage <= (used ? 1.0F : 0.0F)))
+        return bad(s, "an expert's usage is no share of tokens, number", run);
+    uint64_t at = 0;
+    for (int k = 0; k < 3; k++) {
+        CHOIR_TRY(small_part(p, s, run, k, at));
+        at += choir_round_up(p->small_tensors[run * 3 + (uint32_t)k].bytes, 64);
+    }
+    return at == x->bytes ? CHOIR_OK : bad(s, "a small copy's bytes", x->bytes);
+}
+
 static choir_status check_tables(const choir_pack *p, const source *s)
 {
     const choir_pack_header *h = &p->header;
@@ -131,6 +189,7 @@ static choir_status check_tables(const choir_pack *p, const source *s)
             r->bytes > h->file_bytes - r->offset || r->bytes > UINT32_MAX / 2)
             return bad(s, "an expert out of its place, at", r->offset);
     }
+    for (uint32_t i = 0; p->small != NULL && i < h->n_runs; i++) CHOIR_TRY(check_small(p, s, i));
     for (uint32_t i = 0; i < h->n_texts; i++) {
         const choir_pack_text_entry *t = &p->texts[i];
         if (memchr(t->name, '\0', sizeof t->name) == NULL || t->offset > h->tables_bytes ||
@@ -155,6 +214,14 @@ static choir_status read_all(const source *s, choir_pack *p)
     p->tensors = (const choir_pack_tensor *)p->tables;
     p->runs = (const choir_pack_run *)(p->tensors + h->n_tensors);
     p->texts = (const choir_pack_text_entry *)(p->runs + h->n_runs);
+    if (h->version == CHOIR_PACK_VERSION_SMALL) {
+        p->small = (const choir_pack_small *)(p->runs + h->n_runs);
+        p->texts = (const choir_pack_text_entry *)(p->small + h->n_runs);
+        p->small_tensors =
+            choir_calloc(CHOIR_MEM_OTHER, 3 * (size_t)h->n_runs + 1, sizeof *p->small_tensors);
+        if (p->small_tensors == NULL)
+            return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for its tables", s->name);
+    }
     return check_tables(p, s);
 }
 
@@ -204,6 +271,7 @@ void choir_pack_close(choir_pack *p)
 {
     if (p == NULL) return;
     choir_free(p->tables);
+    choir_free(p->small_tensors);
     choir_free(p->vectors);
     choir_free(p->name);
     choir_free(p);
@@ -247,6 +315,33 @@ const choir_pack_run *choir_pack_find_run(const choir_pack *p, uint32_t layer, u
 {
     uint64_t key = (uint64_t)layer << 32 | expert;
     return bsearch(&key, p->runs, p->header.n_runs, sizeof *p->runs, find_run);
+}
+
+bool choir_pack_has_small(const choir_pack *p)
+{
+    return p->small != NULL;
+}
+
+bool choir_pack_has_usage(const choir_pack *p)
+{
+    return (p->header.flags & CHOIR_PACK_HAS_USAGE) != 0;
+}
+
+static size_t run_number(const choir_pack *p, uint32_t layer, uint32_t expert)
+{
+    const choir_pack_run *r = choir_pack_find_run(p, layer, expert);
+    CHOIR_ASSERT(p->small != NULL && r != NULL);
+    return (size_t)(r - p->runs);
+}
+
+const choir_pack_tensor *choir_pack_find_small(const choir_pack *p, uint32_t layer, uint32_t expert)
+{
+    return &p->small_tensors[3 * run_number(p, layer, expert)];
+}
+
+float choir_pack_usage(const choir_pack *p, uint32_t layer, uint32_t expert)
+{
+    return p->small[run_number(p, layer, expert)].usage;
 }
 
 const float *choir_pack_vector(const choir_pack *p, const choir_pack_tensor *t)

@@ -18,8 +18,10 @@
 #define CHOIR_PACK_UNFINISHED "\x89" "CHOIRT\n" /* of a file that is still being written */
 enum {
     CHOIR_PACK_VERSION = 1,
+    CHOIR_PACK_VERSION_SMALL = 2, /* with a table of small copies behind the runs */
     CHOIR_PACK_PAGE = CHOIR_DISK_PAGE,
     CHOIR_PACK_FROM_GGUF = 1, /* flags: the text "gguf" describes the model; else config.json does */
+    CHOIR_PACK_HAS_USAGE = 2, /* version 2: the small copies' table says how often experts are used */
 };
 
 typedef struct choir_pack_header {
@@ -52,13 +54,24 @@ typedef struct choir_pack_run {
     uint64_t reserved[2];
 } choir_pack_run;
 
+/* An expert's smaller copy, a run as well: the i-th is that of the i-th run. */
+typedef struct choir_pack_small {
+    uint64_t offset, bytes;
+    float usage; /* the share of a text's tokens that the expert took, 0 … 1; 0 without the flag */
+    uint8_t dtypes[3], layouts[3]; /* of gate, up and down, here as below */
+    uint8_t reserved[2];
+    uint32_t flags[3];
+    uint64_t checksums[3]; /* XXH3 */
+} choir_pack_small;
+
 typedef struct choir_pack_text_entry {
     char name[48];
     uint64_t offset, bytes; /* in the tables */
 } choir_pack_text_entry;
 
 _Static_assert(sizeof(choir_pack_header) == 496 && sizeof(choir_pack_tensor) == 64 &&
-                   sizeof(choir_pack_run) == 40 && sizeof(choir_pack_text_entry) == 64,
+                   sizeof(choir_pack_run) == 40 && sizeof(choir_pack_text_entry) == 64 &&
+                   sizeof(choir_pack_small) == 64,
                "the file's structs have no holes");
 /* The header's page ends with its XXH3. */
 enum { CHOIR_PACK_HASH_AT = CHOIR_PACK_PAGE - 8 };
@@ -84,3 +97,9 @@ const float *choir_pack_vector(const choir_pack *pack, const choir_pack_tensor *
 /* data is NULL. */
 choir_matrix choir_pack_matrix(const choir_pack_tensor *tensor);
 const choir_pack_run *choir_pack_find_run(const choir_pack *pack, uint32_t layer, uint32_t expert);
+
+bool choir_pack_has_small(const choir_pack *pack);
+bool choir_pack_has_usage(const choir_pack *pack);
+/* Gate, up and down of an expert's small copy, in the form of tensors; the file has them, and the expert. */
+const choir_pack_tensor *choir_pack_find_small(const choir_pack *pack, uint32_t layer, uint32_t expert);
+float choir_pack_usage(const choir_pack *pack, uint32_t layer, uint32_t expert);

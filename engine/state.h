@@ -124,6 +124,7 @@ struct choir_engine {
     layer *layers;
     choir_experts *experts;
     expert_slices *slices; /* NULL, or [n_layers, n_experts]: how streamed experts lie in files */
+    bool *small;           /* NULL, or [n_layers, n_experts]: what is computed from a pack's small copy */
     void *weights;          /* one region for all packed dense matrices */
     size_t weight_bytes;
     choir_arena *vectors;   /* norms, biases, gates, tables: f32 */
@@ -147,6 +148,11 @@ static inline uint32_t choir_head_groups(const choir_model_config *c)
     return choir_kv_heads(c) * ((group + CHOIR_ATTENTION_HEADS - 1) / CHOIR_ATTENTION_HEADS);
 }
 
+static inline bool choir_expert_is_small(const choir_engine *e, uint32_t layer_index, uint32_t expert)
+{
+    return e->small != NULL && e->small[(size_t)layer_index * e->config.n_experts + expert];
+}
+
 /* engine/load.c */
 choir_status choir_engine_load_weights(choir_engine *engine, const choir_model_file *file)
     CHOIR_MUST_USE;
@@ -163,6 +169,11 @@ bool choir_stream_unpack(void *engine, uint32_t layer, uint32_t expert, uint32_t
 void choir_predict_rows(choir_engine *engine, uint32_t layer, uint32_t worker, uint32_t n_workers);
 void choir_predict_prefetch(choir_engine *engine, uint32_t layer);
 void choir_predict_score(choir_engine *engine, uint32_t layer);
+/* engine/small.c */
+choir_status choir_small_plan(choir_engine *engine, const choir_model_file *file) CHOIR_MUST_USE;
+/* The bytes of all experts, with small copies in place of those that are not computed with. */
+uint64_t choir_small_weigh(const choir_engine *engine, const choir_model_file *file, uint64_t experts);
+uint64_t choir_small_digest(const choir_engine *engine, uint64_t digest);
 /* engine/budget.c */
 choir_status choir_budget_plan(choir_engine *engine, const choir_model_file *file) CHOIR_MUST_USE;
 /* engine/scratch.c */

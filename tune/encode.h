@@ -1,5 +1,5 @@
-/* WHAT    Rows of f32 into the types that Choir writes: F32, F16, BF16, Q8_0, Q4_1, Q4_0; bit for bit what gguf-py and
- *         PyTorch make of them.
+/* WHAT    Rows of f32 into the types that Choir writes: F32, F16, BF16, Q8_0, Q4_1, Q4_0, bit for bit what gguf-py and
+ *         PyTorch make of them; and Choir's own Q2 and Q3, by a search for the least squared error.
  * OWNS    Nothing.
  * THREADS Any.
  * ERRORS  false: a value is NaN, infinite, or too large for the type.

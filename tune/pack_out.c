@@ -6,6 +6,7 @@
 #include "engine/pack_file.h"
 #include "tune/encode.h"
 #include "tune/tune.h"
+#include "tune/usage.h"
 #include "tune/weights.h"
 
 #include <errno.h>
@@ -18,10 +19,12 @@
 
 enum { CHECKPOINT = 256 << 20, CHUNK = 16 << 20, MAX_TEXT = 512 << 20 };
 
-/* What is written at once: a vector or matrix, or an expert's three. */
+/* What is written at once: a vector or matrix, or an expert's three, or the three of its small
+ * copy. */
 typedef struct unit {
     uint32_t first_tensor; /* in the tables */
     int64_t run;           /* -1, or in the tables */
+    bool small;
     uint64_t offset, bytes;
 } unit;
 
@@ -35,6 +38,8 @@ typedef struct packer {
     uint8_t *tables;
     choir_pack_tensor *tensors;
     choir_pack_run *runs;
+    choir_pack_small *small; /* NULL, or [n_runs] */
+    float *usage;            /* NULL, or [n_layers, n_experts] */
     choir_pack_text_entry *texts;
     unit *units;
     uint32_t n_units;
@@ -178,7 +183,7 @@ static void place_all(packer *p)
             if (choir_role_is_routed(t->role) || choir_role_is_f32(t->role) != (exact == 1))
                 continue;
             t->offset = at;
-            p->units[p->n_units++] = (unit){i, -1, at, t->bytes};
+            p->units[p->n_units++] = (unit){i, -1, false, at, t->bytes};
             at = choir_round_up(at + t->bytes, 64);
         }
         if (exact == 1) h->vectors_bytes = at - h->vectors_offset;
@@ -198,9 +203,46 @@ static void place_all(packer *p)
             at = choir_round_up(at + t->bytes, 64);
         }
         r->bytes = at - r->offset;
-        p->units[p->n_units++] = (unit){i, run++, r->offset, r->bytes};
+        p->units[p->n_units++] = (unit){i, run++, false, r->offset, r->bytes};
     }
     h->file_bytes = choir_round_up(at, CHOIR_PACK_PAGE);
+}
+
+/* A matrix of a small copy. Rows that are no whole number of its blocks stay as they are. */
+static choir_status plan_small_part(const packer *p, const choir_pack_tensor *t, choir_matrix *out)
+{
+    choir_dtype dtype = p->options->small;
+    if (t->cols % choir_dtype_block_elements(dtype) != 0) dtype = t->dtype;
+    const choir_tensor like = {dtype, t->rows, t->cols, p, SIZE_MAX}; /* no byte is looked at */
+    return choir_matrix_plan(&like, out);
+}
+
+/* The small copies follow all else, each on pages of its own. */
+static choir_status place_small(packer *p)
+{
+    choir_pack_header *h = &p->header;
+    uint32_t first = 0;
+    uint64_t at = h->file_bytes;
+    while (first < h->n_tensors && p->tensors[first].role != CHOIR_ROLE_EXPERT_GATE) first++;
+    for (uint32_t i = 0; i < h->n_runs; i++) {
+        choir_pack_small *x = &p->small[i];
+        const choir_pack_run *r = &p->runs[i];
+        x->offset = at = choir_round_up(at, CHOIR_PACK_PAGE);
+        for (uint32_t k = 0; k < 3; k++) {
+            choir_matrix m;
+            CHOIR_TRY(plan_small_part(p, &p->tensors[first + i + k * h->n_runs], &m));
+            x->dtypes[k] = (uint8_t)m.dtype;
+            x->layouts[k] = (uint8_t)m.layout;
+            x->flags[k] = m.flags;
+            at = choir_round_up(at + m.bytes, 64);
+        }
+        x->bytes = at - x->offset;
+        if (p->usage != NULL)
+            x->usage = p->usage[(size_t)r->layer * p->config->n_experts + r->expert];
+        p->units[p->n_units++] = (unit){first + i, i, true, x->offset, x->bytes};
+    }
+    h->file_bytes = choir_round_up(at, CHOIR_PACK_PAGE);
+    return CHOIR_OK;
 }
 
 /* What must be the same for a partial file to be gone on with: the plan, and the source's age. */
@@ -232,7 +274,8 @@ static choir_status make_plan(packer *p, const text *texts, uint32_t n_texts)
 {
     choir_pack_header *h = &p->header;
     memcpy(h->magic, CHOIR_PACK_UNFINISHED, sizeof h->magic);
-    h->version = CHOIR_PACK_VERSION;
+    bool small = p->options->small != CHOIR_N_DTYPES;
+    h->version = small ? CHOIR_PACK_VERSION_SMALL : CHOIR_PACK_VERSION;
     h->page_bytes = CHOIR_PACK_PAGE;
     h->flags = choir_model_file_gguf(p->file) != NULL ? CHOIR_PACK_FROM_GGUF : 0;
     h->n_texts = n_texts;
@@ -240,22 +283,31 @@ static choir_status make_plan(packer *p, const text *texts, uint32_t n_texts)
     snprintf(h->name, sizeof h->name, "%s", p->config->name);
     snprintf(h->kind, sizeof h->kind, "%s", choir_model_file_kind(p->file));
     snprintf(h->types, sizeof h->types, "%s", choir_model_file_types(p->file));
+    if (small) {
+        size_t n = strlen(h->types);
+        snprintf(h->types + n, sizeof h->types - n, "; small experts: %s",
+                 choir_dtype_text(p->options->small));
+    }
+    if (p->usage != NULL) h->flags |= CHOIR_PACK_HAS_USAGE;
     count_tensors(p, &h->n_tensors, &h->n_runs);
+    uint32_t n_small = small ? h->n_runs : 0;
     uint64_t fixed = h->n_tensors * sizeof *p->tensors + h->n_runs * sizeof *p->runs +
-                     n_texts * sizeof *p->texts;
+                     n_small * sizeof *p->small + n_texts * sizeof *p->texts;
     h->tables_bytes = fixed;
     for (uint32_t i = 0; i < n_texts; i++) h->tables_bytes += texts[i].bytes;
     p->tables = choir_calloc(CHOIR_MEM_TUNE, 1, h->tables_bytes);
-    p->units = choir_calloc(CHOIR_MEM_TUNE, h->n_tensors, sizeof *p->units);
+    p->units = choir_calloc(CHOIR_MEM_TUNE, h->n_tensors + n_small, sizeof *p->units);
     if (p->tables == NULL || p->units == NULL)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the tables of %u tensors",
                           h->n_tensors);
     p->tensors = (choir_pack_tensor *)p->tables;
     p->runs = (choir_pack_run *)(p->tensors + h->n_tensors);
-    p->texts = (choir_pack_text_entry *)(p->runs + h->n_runs);
+    if (small) p->small = (choir_pack_small *)(p->runs + h->n_runs);
+    p->texts = (choir_pack_text_entry *)((choir_pack_small *)(p->runs + h->n_runs) + n_small);
     put_texts(p, texts, n_texts, fixed);
     CHOIR_TRY(plan_tensors(p));
     place_all(p);
+    if (small) CHOIR_TRY(place_small(p));
     h->source = fingerprint(p);
     return CHOIR_OK;
 }
@@ -399,13 +451,14 @@ static choir_status write_vector(packer *p, choir_pack_tensor *t)
     return status;
 }
 
-static choir_status tell(const packer *p, const choir_pack_tensor *t, choir_status status)
+static choir_status tell(const packer *p, const choir_pack_tensor *t, choir_dtype dtype,
+                         choir_status status)
 {
     if (status == CHOIR_OK) return status;
     if (status == CHOIR_E_NO_MEMORY) return choir_fail(status, "no memory to pack a tensor");
     return choir_fail(status, "%s: %s %u of layer %u holds a NaN, or a number too large for %s",
                       p->options->model, choir_role_text(t->role), t->index, t->layer,
-                      choir_dtype_text(t->dtype));
+                      choir_dtype_text(dtype));
 }
 
 /* A round of a matrix's parts, one a worker. */
@@ -452,7 +505,7 @@ static choir_status write_matrix(packer *p, choir_pack_tensor *t, round *r)
         }
         choir_workers_run(p->workers, pack_parts, r);
         for (uint32_t i = 0; i < r->n && status == CHOIR_OK; i++) {
-            status = tell(p, t, r->parts[i].status);
+            status = tell(p, t, t->dtype, r->parts[i].status);
             if (status != CHOIR_OK) break;
             XXH3_64bits_update(hash, r->parts[i].out, r->parts[i].bytes);
             status = write_at(p, offset, r->parts[i].out, r->parts[i].bytes);
@@ -473,13 +526,18 @@ typedef struct experts_round {
 
 static void pack_expert(packer *p, const unit *u, uint8_t *out, choir_status *status)
 {
+    choir_pack_small *small = u->small ? &p->small[u->run] : NULL;
     memset(out, 0, u->bytes);
-    for (uint32_t i = 0; i < 3 && *status == CHOIR_OK; i++) {
+    for (uint32_t i = 0; i < 3; i++) {
         choir_pack_tensor *t = &p->tensors[u->first_tensor + i * p->header.n_runs];
+        choir_matrix m = {.dtype = t->dtype, .bytes = t->bytes};
         choir_slice s;
         *status = choir_model_file_slice(p->file, t->role, t->layer, t->index, &s);
-        if (*status == CHOIR_OK) *status = pack_rows(&s, t->dtype, out + (t->offset - u->offset));
-        t->checksum = XXH3_64bits(out + (t->offset - u->offset), t->bytes);
+        if (*status == CHOIR_OK && small != NULL) *status = plan_small_part(p, t, &m);
+        if (*status == CHOIR_OK) *status = pack_rows(&s, m.dtype, out);
+        if (*status != CHOIR_OK) return;
+        *(small != NULL ? &small->checksums[i] : &t->checksum) = XXH3_64bits(out, m.bytes);
+        out += choir_round_up(m.bytes, 64);
     }
 }
 
@@ -497,7 +555,8 @@ static choir_status write_experts(packer *p, uint32_t first, uint32_t *n)
     choir_workers_run(p->workers, pack_experts, &r);
     for (uint32_t i = 0; i < r.n; i++) {
         const unit *u = &p->units[first + i];
-        CHOIR_TRY(tell(p, &p->tensors[u->first_tensor], r.status[i]));
+        const choir_pack_tensor *t = &p->tensors[u->first_tensor];
+        CHOIR_TRY(tell(p, t, u->small ? p->options->small : (choir_dtype)t->dtype, r.status[i]));
         CHOIR_TRY(write_at(p, u->offset, p->buffers[i], u->bytes));
     }
     *n = r.n;
@@ -593,6 +652,24 @@ static choir_status write_file(packer *p)
     return finish(p);
 }
 
+static choir_status prepare_small(packer *p)
+{
+    const choir_pack_options *o = p->options;
+    size_t n = (size_t)p->config->n_layers * p->config->n_experts;
+    if (o->small == CHOIR_N_DTYPES && o->usage != NULL)
+        return choir_fail(CHOIR_E_INVALID, "experts' usage is kept beside small copies alone");
+    if (o->small == CHOIR_N_DTYPES) return CHOIR_OK;
+    if (o->small != CHOIR_Q2 && o->small != CHOIR_Q3 && o->small != CHOIR_Q4_0)
+        return choir_fail(CHOIR_E_INVALID, "small copies can be Q2, Q3 or Q4_0");
+    if (n == 0)
+        return choir_fail(CHOIR_E_INVALID, "%s is dense, it has no experts to be copied",
+                          p->config->name);
+    if (o->usage == NULL) return CHOIR_OK;
+    p->usage = choir_calloc(CHOIR_MEM_TUNE, n, sizeof *p->usage);
+    if (p->usage == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for experts' usage");
+    return choir_usage_read(o->usage, p->config, p->usage);
+}
+
 static choir_status pack_model(packer *p)
 {
     text texts[MAX_TEXTS] = {{0}};
@@ -600,6 +677,7 @@ static choir_status pack_model(packer *p)
     if (choir_model_file_pack(p->file) != NULL)
         return choir_fail(CHOIR_E_INVALID, "%s is packed already", p->options->model);
     p->config = choir_model_file_config(p->file);
+    CHOIR_TRY(prepare_small(p));
     choir_status status = collect_texts(p, texts, &n_texts);
     if (status == CHOIR_OK) status = make_plan(p, texts, n_texts);
     for (int i = 0; i < MAX_TEXTS; i++) choir_free(texts[i].data);
@@ -623,6 +701,7 @@ choir_status choir_pack_write(const choir_pack_options *options)
     choir_free(p.buffers);
     choir_workers_destroy(p.workers);
     choir_free(p.units);
+    choir_free(p.usage);
     choir_free(p.tables);
     choir_model_file_close(p.file);
     return status;

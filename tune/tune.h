@@ -50,10 +50,15 @@ typedef struct choir_pack_options {
     const char *model; /* .gguf or a Hugging Face folder */
     const char *out;   /* NAME.choir */
     choir_dtype quant; /* of all matrices but gates: Q4_0, Q8_0, BF16; CHOIR_N_DTYPES: as they are */
+    choir_dtype small; /* of a second copy of every expert: Q2, Q3, Q4_0; CHOIR_N_DTYPES: there is none */
+    const char *usage; /* NULL, or with `small`: what `choir logits --routes` wrote, from which the file
+                        * learns how often each expert is used */
     uint32_t n_threads;
     bool show_progress;
     const volatile sig_atomic_t *interrupted; /* NULL, or stops at its next unit, to be gone on with */
 } choir_pack_options;
+#define CHOIR_PACK_OPTIONS_DEFAULT                                                                 \
+    ((choir_pack_options){.quant = CHOIR_N_DTYPES, .small = CHOIR_N_DTYPES})
 choir_status choir_pack_write(const choir_pack_options *options) CHOIR_MUST_USE;
 
 /* A GGUF output replaces a file of that name; a folder must not be there. */

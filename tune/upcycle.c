@@ -50,7 +50,7 @@ static choir_status check_dtype(job *j)
 {
     choir_dtype d = j->options->dtype;
     j->dtype = d != CHOIR_N_DTYPES ? d : j->gguf ? CHOIR_Q8_0 : CHOIR_BF16;
-    bool good = choir_tune_can_encode(j->dtype);
+    bool good = choir_tune_can_encode(j->dtype) && choir_dtype_in_gguf(j->dtype);
     if (j->gguf)
         good = good && j->dtype != CHOIR_F32;
     else

@@ -16,10 +16,15 @@ const char *choir_dtype_text(choir_dtype dtype)
     return types[dtype].text;
 }
 
+bool choir_dtype_in_gguf(choir_dtype dtype)
+{
+    return types[dtype].id != CHOIR_NOT_GGUF;
+}
+
 bool choir_dtype_from_gguf(uint32_t id, choir_dtype *out)
 {
     for (uint32_t i = 0; i < CHOIR_N_DTYPES; i++)
-        if (types[i].id == id) {
+        if (types[i].id == id && choir_dtype_in_gguf((choir_dtype)i)) {
             *out = (choir_dtype)i;
             return true;
         }
@@ -28,8 +33,10 @@ bool choir_dtype_from_gguf(uint32_t id, choir_dtype *out)
 
 uint32_t choir_dtype_gguf(choir_dtype dtype)
 {
+    CHOIR_ASSERT(choir_dtype_in_gguf(dtype));
     return types[dtype].id;
 }
+
 uint32_t choir_dtype_block_elements(choir_dtype dtype)
 {
     return types[dtype].elements;
@@ -63,6 +70,12 @@ static void add_fifth_bits(const uint8_t *p, uint8_t *code)
     uint32_t bits;
     memcpy(&bits, p, 4);
     for (int i = 0; i < BLOCK; i++) code[i] |= (bits >> i & 1) << 4;
+}
+
+/* 8 bytes of 2-bit codes: bits 2j of byte i are element 8j + i. */
+static void split_pairs(const uint8_t *p, uint8_t *code)
+{
+    for (int i = 0; i < BLOCK; i++) code[i] = p[i % 8] >> (i / 8 * 2) & 3;
 }
 
 static void set_scale(block_codes *out, float d, float m, int zero)
@@ -217,6 +230,18 @@ void choir_decode_block(choir_dtype dtype, const uint8_t *row, uint32_t block, b
         set_scale(out, half_of_e8m0(p[0]), 0, 0);
         use_table(out, TABLE_FP4);
         break;
+    case CHOIR_Q2:
+        split_pairs(p + 4, out->code);
+        set_scale(out, scale_at(p), scale_at(p + 2), 0);
+        break;
+    case CHOIR_Q3: {
+        uint32_t third;
+        memcpy(&third, p + 10, 4);
+        split_pairs(p + 2, out->code);
+        for (int i = 0; i < BLOCK; i++) out->code[i] |= (third >> i & 1) << 2;
+        set_scale(out, scale_at(p), 0, 4);
+        break;
+    }
     default:
         CHOIR_ASSERT(!"a type without blocks");
     }
@@ -225,7 +250,7 @@ void choir_decode_block(choir_dtype dtype, const uint8_t *row, uint32_t block, b
 static void dequantize_block(choir_dtype dtype, const block_codes *b, float *out)
 {
     bool has_minimum = dtype == CHOIR_Q4_1 || dtype == CHOIR_Q5_1 || dtype == CHOIR_Q4_K ||
-                       dtype == CHOIR_Q5_K || dtype == CHOIR_Q2_K;
+                       dtype == CHOIR_Q5_K || dtype == CHOIR_Q2_K || dtype == CHOIR_Q2;
     const uint8_t *table = choir_code_tables[b->table];
     for (int i = 0; i < BLOCK; i++) {
         int code = b->table != TABLE_NONE ? table[b->code[i]] : b->code[i];

@@ -9,7 +9,11 @@
 #pragma once
 #include "base/error.h"
 
-/* X(name, text, GGUF type id, elements per block, bytes per block) */
+enum { CHOIR_NOT_GGUF = 0x7fffffff }; /* types of Choir's own: they lie in packs alone */
+
+/* X(name, text, GGUF type id, elements per block, bytes per block). Packs hold places in this list: a new
+ * type comes last. Q2: f16 d, f16 m, 32 codes of 2 bits, d * code + m; Q3: f16 d, 32 codes of 3 bits,
+ * d * (code - 4). */
 #define CHOIR_DTYPE_LIST(X)                                                                        \
     X(F32, "F32", 0, 1, 4)                                                                         \
     X(F16, "F16", 1, 1, 2)                                                                         \
@@ -26,7 +30,9 @@
     X(Q3_K, "Q3_K", 11, 256, 110)                                                                  \
     X(IQ4_NL, "IQ4_NL", 20, 32, 18)                                                                \
     X(IQ4_XS, "IQ4_XS", 23, 256, 136)                                                              \
-    X(MXFP4, "MXFP4", 39, 32, 17)
+    X(MXFP4, "MXFP4", 39, 32, 17)                                                                  \
+    X(Q2, "Q2", CHOIR_NOT_GGUF, 32, 12)                                                            \
+    X(Q3, "Q3", CHOIR_NOT_GGUF, 32, 14)
 
 typedef enum choir_dtype {
 #define X(name, text, id, elements, bytes) CHOIR_##name,
@@ -37,7 +43,8 @@ typedef enum choir_dtype {
 
 const char *choir_dtype_text(choir_dtype dtype);
 bool choir_dtype_from_gguf(uint32_t id, choir_dtype *out); /* false: unknown type */
-uint32_t choir_dtype_gguf(choir_dtype dtype);
+bool choir_dtype_in_gguf(choir_dtype dtype); /* false: a type of Choir's own */
+uint32_t choir_dtype_gguf(choir_dtype dtype); /* of those that are in GGUF */
 uint32_t choir_dtype_block_elements(choir_dtype dtype);
 uint32_t choir_dtype_block_bytes(choir_dtype dtype);
 size_t choir_dtype_row_bytes(choir_dtype dtype, uint64_t cols); /* cols: a multiple of the block */
@@ -65,7 +72,16 @@ typedef enum choir_layout {
     CHOIR_LAYOUT_F16,
     CHOIR_LAYOUT_BF16,
     CHOIR_LAYOUT_F32,
+    CHOIR_LAYOUT_W2, /* 2-bit blocks of 32 with scale and minimum */
+    CHOIR_LAYOUT_W3, /* 3-bit blocks of 32 with scale */
 } choir_layout;
+
+/* Layouts of codes, whose products take quantised activations. */
+static inline bool choir_layout_has_codes(choir_layout layout)
+{
+    return layout == CHOIR_LAYOUT_W4 || layout == CHOIR_LAYOUT_W8 || layout == CHOIR_LAYOUT_W2 ||
+           layout == CHOIR_LAYOUT_W3;
+}
 
 typedef struct choir_matrix {
     choir_layout layout;
@@ -88,7 +104,7 @@ choir_matrix choir_matrix_exact(const choir_tensor *source); /* a view, EXACT la
 void choir_matrix_row(const choir_matrix *matrix, uint32_t row, float *out);
 
 /* Activations of n rows in the form the layouts want: f32, and blocks of 32 codes with a scale each
- * (per row, so that rows are independent). `q8` may be NULL when no W4/W8 matrix will be used.
+ * (per row, so that rows are independent). `q8` may be NULL when no matrix of codes will be used.
  * The codes have 16 bits, see docs/decisions/0005. */
 typedef struct choir_acts {
     const float *x; /* [n_rows, cols], row stride = cols */

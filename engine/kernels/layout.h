@@ -7,11 +7,13 @@
  *
  * Weights. 16 output rows make a strip; strips follow each other. Quantised strips are cut along K
  * in blocks of 32 and lie as two runs, each 64-aligned: scales   for each block: d[groups][16],
- * then m[groups][16] where the source has minima (f16 or f32) codes    W8: for each block 8 x 64 bytes: row
- * r's four codes of k = 4g .. 4g+3 at 64g + 4r W4: for each block 4 x 64 bytes, low nibbles as
- * group 2p, high nibbles as group 2p + 1 so that 16 rows x 4 k are one AVX-512 VNNI operand, and 8
- * rows x 4 k one for AVX2. A weight is d * (code - zero), or d * code + m; with a table, the code is
- * what the table has in its place. Rows beyond the matrix are zeros. Float strips are [K][16].
+ * then m[groups][16] where the source has minima (f16 or f32) codes    W8: for each block 8 x 64
+ * bytes: row r's four codes of k = 4g .. 4g+3 at 64g + 4r W4: for each block 4 x 64 bytes, low
+ * nibbles as group 2p, high nibbles as group 2p + 1 so that 16 rows x 4 k are one AVX-512 VNNI
+ * operand, and 8 rows x 4 k one for AVX2. W2: for each block 2 x 64 bytes, bits 2j of the q-th as
+ * group 4q + j. W3: the codes' low two bits as in W2, then 64 bytes whose bit g is the third bit of
+ * group g. A weight is d * (code - zero), or d * code + m; with a table, the code is what the table
+ * has in its place. Rows beyond the matrix are zeros. Float strips are [K][16].
  *
  * Activations. Per row, K padded to blocks of 32 that share a scale d, and a 16-bit code each:
  *     high   int8, and low int8: code = 256 high + low. The upper halves alone are 8-bit
@@ -38,7 +40,7 @@ enum {
 typedef struct quant_layout {
     uint32_t n_blocks, n_groups; /* blocks along K; scales a block (1 or 2) */
     uint32_t scale_bytes;        /* of one block, all 16 rows, minima included */
-    uint32_t code_bytes;         /* of one block: 256 (W4) or 512 (W8) */
+    uint32_t code_bytes;         /* of one block: choir_code_bytes() */
     size_t codes_at;             /* from the strip's start */
     size_t strip_bytes;
     uint32_t zero_log2; /* of the code that means 0, where there is no minimum */
@@ -51,6 +53,37 @@ static inline size_t round_up_64(size_t n)
     return (n + 63) & ~(size_t)63;
 }
 
+static inline uint32_t choir_code_bytes(choir_layout layout)
+{
+    switch (layout) {
+    case CHOIR_LAYOUT_W2:
+        return 128;
+    case CHOIR_LAYOUT_W3:
+        return 192;
+    case CHOIR_LAYOUT_W4:
+        return 256;
+    default:
+        return 512;
+    }
+}
+
+/* Row r's k-th code of a block. */
+static inline uint32_t choir_code_at(choir_layout layout, const uint8_t *block, uint32_t r,
+                                     uint32_t k)
+{
+    uint32_t g = k / 4, at = r * 4 + k % 4;
+    switch (layout) {
+    case CHOIR_LAYOUT_W2:
+        return block[g / 4 * 64 + at] >> (g % 4 * 2) & 3;
+    case CHOIR_LAYOUT_W3:
+        return (block[g / 4 * 64 + at] >> (g % 4 * 2) & 3) | (block[128 + at] >> g & 1) << 2;
+    case CHOIR_LAYOUT_W4:
+        return block[g / 2 * 64 + at] >> (g % 2 * 4) & 15;
+    default:
+        return block[g * 64 + at];
+    }
+}
+
 static inline quant_layout choir_quant_layout(const choir_matrix *w)
 {
     quant_layout l = {.n_blocks = w->cols / BLOCK, .n_groups = w->flags & FLAG_HALVES ? 2 : 1};
@@ -59,7 +92,7 @@ static inline quant_layout choir_quant_layout(const choir_matrix *w)
     l.zero_log2 = w->flags >> ZERO_SHIFT & 255;
     l.table = w->flags >> TABLE_SHIFT;
     l.scale_bytes = STRIP * l.n_groups * (1 + l.min) * (l.f32 ? 4 : 2);
-    l.code_bytes = w->layout == CHOIR_LAYOUT_W4 ? 256 : 512;
+    l.code_bytes = choir_code_bytes(w->layout);
     l.codes_at = round_up_64((size_t)l.n_blocks * l.scale_bytes);
     l.strip_bytes = l.codes_at + (size_t)l.n_blocks * l.code_bytes;
     return l;

@@ -24,12 +24,9 @@ static const struct {
     [CHOIR_IQ4_NL] = {CHOIR_LAYOUT_W4, 7 << ZERO_SHIFT | TABLE_IQ4 << TABLE_SHIFT},
     [CHOIR_IQ4_XS] = {CHOIR_LAYOUT_W4, FLAG_F32 | 7 << ZERO_SHIFT | TABLE_IQ4 << TABLE_SHIFT},
     [CHOIR_MXFP4] = {CHOIR_LAYOUT_W4, FLAG_F32 | 7 << ZERO_SHIFT | TABLE_FP4 << TABLE_SHIFT},
+    [CHOIR_Q2] = {CHOIR_LAYOUT_W2, FLAG_MIN},
+    [CHOIR_Q3] = {CHOIR_LAYOUT_W3, 2 << ZERO_SHIFT},
 };
-
-static bool is_quantised(choir_layout layout)
-{
-    return layout == CHOIR_LAYOUT_W4 || layout == CHOIR_LAYOUT_W8;
-}
 
 static choir_status check_source(const choir_tensor *t)
 {
@@ -52,7 +49,8 @@ static choir_status check_source(const choir_tensor *t)
 
 static size_t strip_bytes(const choir_matrix *m)
 {
-    return is_quantised(m->layout) ? choir_quant_layout(m).strip_bytes : choir_float_strip_bytes(m);
+    return choir_layout_has_codes(m->layout) ? choir_quant_layout(m).strip_bytes
+                                             : choir_float_strip_bytes(m);
 }
 
 choir_status choir_matrix_plan(const choir_tensor *source, choir_matrix *out)
@@ -95,16 +93,12 @@ static void put_codes(choir_layout layout, uint8_t *block, uint32_t r, const uin
         uint32_t group = k / 4, at = r * 4 + k % 4;
         if (layout == CHOIR_LAYOUT_W8)
             block[group * 64 + at] = code[k];
-        else
+        else if (layout == CHOIR_LAYOUT_W4)
             block[group / 2 * 64 + at] |= (uint8_t)(code[k] << (group % 2 * 4));
+        else
+            block[group / 4 * 64 + at] |= (uint8_t)((code[k] & 3) << (group % 4 * 2));
+        if (layout == CHOIR_LAYOUT_W3) block[128 + at] |= (uint8_t)(code[k] >> 2 << group);
     }
-}
-
-static uint32_t get_code(choir_layout layout, const uint8_t *block, uint32_t r, uint32_t k)
-{
-    uint32_t group = k / 4, at = r * 4 + k % 4;
-    if (layout == CHOIR_LAYOUT_W8) return block[group * 64 + at];
-    return block[group / 2 * 64 + at] >> (group % 2 * 4) & 15;
 }
 
 static void pack_quantised_row(const choir_matrix *m, const quant_layout *l, const uint8_t *row,
@@ -140,7 +134,7 @@ void choir_matrix_pack(const choir_matrix *matrix, const choir_tensor *source, v
         const uint8_t *row = (const uint8_t *)source->data + r * row_bytes;
         uint8_t *strip = (uint8_t *)data + r / STRIP * bytes;
         if (r % STRIP == 0) memset(strip, 0, bytes);
-        if (is_quantised(matrix->layout))
+        if (choir_layout_has_codes(matrix->layout))
             pack_quantised_row(matrix, &l, row, strip, r % STRIP);
         else
             pack_float_row(matrix, row, strip, r % STRIP);
@@ -167,7 +161,7 @@ static void quantised_row(const choir_matrix *m, const uint8_t *strip, uint32_t 
         for (uint32_t k = 0; k < BLOCK; k++, out++) {
             uint32_t g = l.n_groups == 2 ? k / 16 : 0;
             float d = get_scale(&l, scales, g * STRIP + r);
-            uint32_t code = get_code(m->layout, codes, r, k);
+            uint32_t code = choir_code_at(m->layout, codes, r, k);
             if (l.table != TABLE_NONE) code = choir_code_tables[l.table][code];
             *out = d * (float)((int)code - zero);
             if (l.min) *out += get_scale(&l, scales, (l.n_groups + g) * STRIP + r);
@@ -185,7 +179,7 @@ void choir_matrix_row(const choir_matrix *matrix, uint32_t row, float *out)
     }
     const uint8_t *strip = (const uint8_t *)matrix->data + row / STRIP * strip_bytes(matrix);
     uint32_t r = row % STRIP;
-    if (is_quantised(matrix->layout)) {
+    if (choir_layout_has_codes(matrix->layout)) {
         quantised_row(matrix, strip, r, out);
         return;
     }

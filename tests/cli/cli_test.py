@@ -97,6 +97,56 @@ class Packs(Case):
         self.assertLess(sizes["q4_0"], sizes["q8_0"])
         self.assertLess(sizes["q8_0"], sizes["bf16"])
 
+    def routes(self):
+        out = self.folder / "routes.jsonl"
+        self.ok("logits", self.moe, "--tokens", "5,7,9,11,40,41,5,6,7,7,7,8", "--routes", out)
+        return out
+
+    def test_small_copies(self):
+        pack = self.folder / "small.choir"
+        self.ok("pack", self.moe, "-o", pack, "--small", "q2", "--usage", self.routes())
+        self.assertIn("small experts: Q2", json.loads(self.ok("info", pack, "--json"))["types"])
+        seen = [self.logits(self.moe)]
+        self.assertEqual(self.logits(pack), seen[0])  # off by default
+        for share in ("0.25", "0.5", "1"):
+            seen.append(self.logits(pack, "--small-experts", share))
+            for more in (["--expert-memory", "50KiB"], ["--memory", "1GiB"], ["--expert-memory", "1MiB", "--threads", "3"]):
+                self.assertEqual(self.logits(pack, "--small-experts", share, *more), seen[-1])
+        self.assertEqual(len(set(seen)), 4)
+        text = self.folder / "text.txt"
+        text.write_text("the cat sat on the mat " * 20)
+        ppl = [json.loads(self.ok("perplexity", pack, "--file", text, "--context", 32, "--json", *more))["ppl"]
+               for more in ([], ["--small-experts", "0"], ["--small-experts", "1"])]
+        self.assertEqual(ppl[0], ppl[1])
+        self.assertNotEqual(ppl[0], ppl[2])
+        data = bytearray(pack.read_bytes())
+        data[-4096 + 100] ^= 1  # the last copy
+        pack.write_bytes(data)
+        self.assertEqual(self.logits(pack), seen[0])  # nobody reads it
+        self.fails(1, "checksum", "logits", pack, "--tokens", "5", "--small-experts", 1)
+
+    def test_bad_small_copies(self):
+        pack = self.folder / "bad-small.choir"
+        run = ["logits", pack, "--tokens", "5"]
+        self.fails(2, "must be q2, q3 or q4_0", "pack", self.moe, "-o", pack, "--small", "q8_0")
+        self.fails(2, "--usage says which", "pack", self.moe, "-o", pack, "--usage", self.routes())
+        self.fails(1, "is dense", "pack", self.dense, "-o", pack, "--small", "q2")
+        bad = self.folder / "bad.jsonl"
+        for text, says in (("", "nothing about layer 0"), ("[1]\n", "line 1: it is no JSON object"),
+                           ('{"layer":99,"token":0,"experts":[0],"weights":[1]}\n', "line 1: .layer. is no layer")):
+            bad.write_text(text)
+            self.fails(1, says, "pack", self.moe, "-o", pack, "--small", "q2", "--usage", bad)
+        self.fails(1, "cannot read", "pack", self.moe, "-o", pack, "--small", "q2", "--usage", self.folder / "none")
+        self.assertFalse(pack.exists())
+        self.fails(1, "holds no small copies", "logits", self.moe, "--tokens", "5", "--small-experts", 0.5)
+        self.ok("pack", self.moe, "-o", pack)
+        self.fails(1, "holds no small copies", *run, "--small-experts", 0.5)
+        self.fails(2, "--small-experts", *run, "--small-experts", 1.5)
+        self.fails(2, "--small-experts", *run, "--small-experts", "nan")
+        self.ok("pack", self.moe, "-o", pack, "--small", "q3")
+        self.fails(1, "does not say which experts are rare", *run, "--small-experts", 0.5)
+        self.ok(*run, "--small-experts", 1)
+
     def test_bad_arguments(self):
         pack = self.folder / "x.choir"
         self.fails(2, "-o F.choir is missing", "pack", self.moe)
@@ -133,10 +183,17 @@ class Packs(Case):
 
     def test_kill(self):
         """After kill -9 at any time there is either no file or a whole one; the next call finishes."""
+        self.kill_and_finish()
+
+    def test_kill_with_small_copies(self):
+        self.kill_and_finish("--small", "q3", "--usage", str(self.routes()))
+
+    def kill_and_finish(self, *more):
         pack, wanted = self.folder / "killed.choir", self.folder / "whole.choir"
-        self.ok("pack", self.moe, "-o", wanted)
+        self.ok("pack", self.moe, "-o", wanted, *more)
+        pack.unlink(missing_ok=True)
         for i in range(25):
-            process = subprocess.Popen([CHOIR, "pack", str(self.moe), "-o", str(pack)], stdout=subprocess.DEVNULL,
+            process = subprocess.Popen([CHOIR, "pack", str(self.moe), "-o", str(pack), *more], stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL)
             time.sleep(i * 0.002)
             process.kill()
@@ -147,7 +204,7 @@ class Packs(Case):
             partial = pathlib.Path(f"{pack}.partial")
             if partial.exists() and partial.read_bytes() != wanted.read_bytes():  # else it lacks its name alone
                 self.assertEqual(choir("info", partial).returncode, 1)
-        self.ok("pack", self.moe, "-o", pack)
+        self.ok("pack", self.moe, "-o", pack, *more)
         self.assertEqual(pack.read_bytes(), wanted.read_bytes())
         self.assertFalse(pathlib.Path(f"{pack}.partial").exists())
 

@@ -1,6 +1,7 @@
 if(TARGET choir_engine)
     choir_test(engine_test SOURCES engine_test.c sequence.c LINKS choir_engine)
     choir_test(engine_streaming_test SOURCES streaming_test.c sequence.c LINKS choir_tune choir_engine)
+    choir_test(engine_small_test SOURCES small_test.c sequence.c LINKS choir_tune choir_engine PkgConfig::XXHASH)
     choir_test(engine_slice_test SOURCES slice_test.c LINKS choir_model_file)
     choir_test(engine_hostile_models_test SOURCES hostile_models_test.c sequence.c LINKS choir_engine)
     choir_test(engine_files_test SOURCES files_test.c LINKS choir_engine PkgConfig::JANSSON)

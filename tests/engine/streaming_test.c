@@ -94,8 +94,10 @@ static void compare(const char *path, const case_ *c, const float *wanted, bool 
 static void make_pack(const char *path, char *pack, size_t bytes)
 {
     snprintf(pack, bytes, "/tmp/streaming_test-%ld.choir", (long)getpid());
-    const choir_pack_options o = {
-        .model = path, .out = pack, .quant = CHOIR_N_DTYPES, .n_threads = 2};
+    choir_pack_options o = CHOIR_PACK_OPTIONS_DEFAULT;
+    o.model = path;
+    o.out = pack;
+    o.n_threads = 2;
     if (choir_pack_write(&o) != CHOIR_OK) fail_msg("%s: %s", path, choir_error_message());
 }
 
@@ -279,8 +281,10 @@ static void test_memory(void **state)
     assert_int_equal(choir_memory_n_allocs(), before);
     choir_engine_close(engine);
     for (uint64_t i = 1; i < 200; i++) { /* packing, too */
-        const choir_pack_options o = {
-            .model = MODELS "/mixtral", .out = pack, .quant = CHOIR_N_DTYPES, .n_threads = 1};
+        choir_pack_options o = CHOIR_PACK_OPTIONS_DEFAULT;
+        o.model = MODELS "/mixtral";
+        o.out = pack;
+        o.n_threads = 1;
         choir_memory_fail_at(i);
         choir_status status = choir_pack_write(&o);
         choir_memory_fail_at(0);

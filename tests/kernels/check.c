@@ -111,7 +111,7 @@ static uint16_t small_half(void)
 static void put_block_scales(choir_dtype dtype, uint8_t *block)
 {
     bool two = dtype == CHOIR_Q4_1 || dtype == CHOIR_Q5_1 || dtype == CHOIR_Q4_K ||
-               dtype == CHOIR_Q5_K || dtype == CHOIR_Q2_K;
+               dtype == CHOIR_Q5_K || dtype == CHOIR_Q2_K || dtype == CHOIR_Q2;
     size_t at = dtype == CHOIR_Q6_K ? 208 : dtype == CHOIR_Q2_K ? 80 : dtype == CHOIR_Q3_K ? 108 : 0;
     uint16_t half[2] = {small_half(), small_half()};
     if (dtype == CHOIR_MXFP4) {

@@ -86,7 +86,7 @@ static void bench_product(const choir_kernels *k, choir_dtype dtype, bool exact,
     const choir_acts acts = {x, q8, n, cols};
     double best, macs = (double)rows * cols * n;
     BEST(best, macs > 1e8 ? 5 : 50, k->matmul(&w, &acts, y, rows, 0, rows));
-    bool int8 = w.layout == CHOIR_LAYOUT_W4 || w.layout == CHOIR_LAYOUT_W8;
+    bool int8 = choir_layout_has_codes(w.layout);
     printf(
         "  matmul %-5s%s %5u x %4u x %3u  %9.1f us %7.1f GOPS  %3.0f%% of the %s peak %6.1f GB/s\n",
         choir_dtype_text(dtype), exact ? " exact" : "      ", rows, cols, n, best * 1e6,
@@ -168,8 +168,8 @@ void check_bench(const choir_kernels *k)
     peaks p = measure_peaks();
     printf("%s: one core; peaks with AVX2: int8 %.0f GOPS, f32 %.0f GOPS\n", k->name, 2e-9 * p.int8,
            2e-9 * p.f32);
-    static const choir_dtype types[] = {CHOIR_Q4_1, CHOIR_Q8_0,  CHOIR_Q4_K,
-                                        CHOIR_Q6_K, CHOIR_MXFP4, CHOIR_F16};
+    static const choir_dtype types[] = {CHOIR_Q4_1,  CHOIR_Q8_0, CHOIR_Q4_K, CHOIR_Q6_K,
+                                        CHOIR_MXFP4, CHOIR_Q2,   CHOIR_Q3,   CHOIR_F16};
     bool slow = k->level == CHOIR_CPU_REFERENCE;
     for (uint32_t i = 0; i < sizeof types / sizeof *types; i++)
         for (uint32_t n = 1; n <= (slow ? 4 : 512); n = n == 1 ? 4 : n == 4 ? 16 : n * 32)

@@ -80,7 +80,7 @@ static void test_products(void **state)
         for (int i = 0; i < 512; i++) x[i] = (float)check_below(2001) * 1e-3F - 1;
         void *q8 = aligned_alloc(64, choir_acts_q8_bytes(1, 512));
         choir_kernels_at(CHOIR_CPU_REFERENCE)->quantize(x, 512, q8, 0, 1);
-        bool quantised = packed.layout == CHOIR_LAYOUT_W4 || packed.layout == CHOIR_LAYOUT_W8;
+        bool quantised = choir_layout_has_codes(packed.layout);
         assert_true(error_of(&exact, &t, x, NULL) < 2e-7);
         assert_true(error_of(&packed, &t, x, q8) < (quantised ? 4e-6 : 2e-7));
         free(q8);

@@ -9,7 +9,7 @@
 static void matmul(const choir_matrix *w, const choir_acts *acts, float *restrict y, size_t ldy,
                    uint32_t begin, uint32_t end)
 {
-    if (w->layout == CHOIR_LAYOUT_W4 || w->layout == CHOIR_LAYOUT_W8)
+    if (choir_layout_has_codes(w->layout))
         choir_avx2_quant_matmul(w, acts, y, ldy, begin, end);
     else
         float_matmul(w, acts, y, ldy, begin, end);

@@ -2,7 +2,8 @@
  * bytes.
  *
  * 4-bit codes: maddubs gives int16 sums of two products, at most 2 * 15 * 128; a block's eight of
- * them fit int16 (30720), so widening and scaling are paid once in 32 k. The two halves of 16-bit
+ * them fit int16 (30720), so widening and scaling are paid once in 32 k; 2- and 3-bit codes become
+ * such bytes first. The two halves of 16-bit
  * activations are two such sums, joined when they are widened. 8-bit codes would overflow int16, so
  * they are widened and multiplied with the int16 form of the activations, as are 4-bit codes that
  * stand for 8-bit values, once a table has told them; both halves of a 16-bit
@@ -24,7 +25,9 @@ enum {
     MIN = 2,
     F32_SCALES = 4,
     HALVES = 8,
-    TABLE = 16 /* with W8: 4-bit codes of a table */
+    TABLE = 16, /* with W8: 4-bit codes of a table */
+    W2 = 32,
+    W3 = 64
 };
 
 /* One strip of weights against some activation rows. */
@@ -119,22 +122,41 @@ INLINE __m256i widen_sum(__m256i high, __m256i low)
     return _mm256_add_epi32(sum, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
 }
 
+/* Groups 2p and 2p + 1 of a block's codes of up to 4 bits, the v-th 8 output rows, as bytes. */
+INLINE void load_pair(const uint8_t *codes, int p, int v, int kind, __m256i *first, __m256i *second)
+{
+    if (!(kind & (W2 | W3))) {
+        const __m256i mask = _mm256_set1_epi8(15);
+        __m256i both = load(codes + p * 64 + v * 32);
+        *first = _mm256_and_si256(both, mask);
+        *second = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+        return;
+    }
+    const __m256i mask = _mm256_set1_epi8(3), third = _mm256_set1_epi8(4);
+    __m256i four = load(codes + p / 2 * 64 + v * 32);
+    if (p % 2 == 1) four = _mm256_srli_epi16(four, 4);
+    *first = _mm256_and_si256(four, mask);
+    *second = _mm256_and_si256(_mm256_srli_epi16(four, 2), mask);
+    if (!(kind & W3)) return;
+    __m256i bits = load(codes + 128 + v * 32); /* group g's is bit g, wanted as bit 2 */
+    __m256i a = p == 0 ? _mm256_slli_epi16(bits, 2) : _mm256_srli_epi16(bits, 2 * p - 2);
+    __m256i b = p == 0 ? _mm256_slli_epi16(bits, 1) : _mm256_srli_epi16(bits, 2 * p - 1);
+    *first = _mm256_or_si256(*first, _mm256_and_si256(a, third));
+    *second = _mm256_or_si256(*second, _mm256_and_si256(b, third));
+}
+
 /* One block of 4-bit codes: int16 sums over 8 k-groups of the halves of n activation rows. */
 INLINE void w4_block(const strip_job *j, const uint8_t *rows, uint32_t b, int n, int kind,
                      __m256 acc[TILE][2])
 {
-    const __m256i mask = _mm256_set1_epi8(15);
-    const uint8_t *codes = j->strip + j->l.codes_at + (size_t)b * 256;
+    const int bytes = kind & W2 ? 128 : kind & W3 ? 192 : 256;
+    const uint8_t *codes = j->strip + j->l.codes_at + (size_t)b * bytes;
     __m256i sum[TILE][2];
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
         __m256i first[2], second[2];
-        _mm_prefetch(codes + p * 64 + AHEAD, _MM_HINT_T0);
-        for (int v = 0; v < 2; v++) {
-            __m256i both = load(codes + p * 64 + v * 32);
-            first[v] = _mm256_and_si256(both, mask);
-            second[v] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-        }
+        if (p * 64 < bytes) _mm_prefetch(codes + p * 64 + AHEAD, _MM_HINT_T0);
+        for (int v = 0; v < 2; v++) load_pair(codes, p, v, kind, &first[v], &second[v]);
 #pragma GCC unroll 4
         for (int i = 0; i < 2 * n; i++) {
             const uint8_t *q = rows + i / 2 * j->acts.row_bytes + i % 2 * j->acts.low_at +
@@ -252,6 +274,8 @@ typedef void (*strip_function)(const strip_job *j);
 STRIP_FUNCTION(w4_zero_f16, 0)
 STRIP_FUNCTION(w4_min_f16, MIN)
 STRIP_FUNCTION(w4_min_f32, MIN | F32_SCALES)
+STRIP_FUNCTION(w2_min_f16, W2 | MIN)
+STRIP_FUNCTION(w3_zero_f16, W3)
 STRIP_FUNCTION(w8_zero_f16, W8)
 STRIP_FUNCTION(w8_min_f16, W8 | MIN)
 STRIP_FUNCTION(w8_min_f32, W8 | MIN | F32_SCALES)
@@ -266,6 +290,8 @@ static strip_function function_for(const choir_matrix *w, const quant_layout *l)
     if (l->table != TABLE_NONE && l->n_groups == 2)
         return l->min ? table_halves_min_f32 : table_halves_f32;
     if (l->table != TABLE_NONE) return l->f32 ? table_f32 : table_f16;
+    if (w->layout == CHOIR_LAYOUT_W2) return w2_min_f16;
+    if (w->layout == CHOIR_LAYOUT_W3) return w3_zero_f16;
     if (w->layout == CHOIR_LAYOUT_W4)
         return l->min ? l->f32 ? w4_min_f32 : w4_min_f16 : w4_zero_f16;
     if (l->n_groups == 2) return w8_halves_f32;

@@ -14,7 +14,7 @@ enum {
 };
 
 /* What a tile function is compiled for. */
-enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8, TABLE = 16 };
+enum { W8 = 1, MIN = 2, F32_SCALES = 4, HALVES = 8, TABLE = 16, W2 = 32, W3 = 64 };
 
 typedef struct tile {
     const uint8_t *strip;
@@ -33,6 +33,37 @@ INLINE wide load_scales(const uint8_t *p, int i, int kind)
     return w_load_f16((const uint16_t *)p + LANES * i);
 }
 
+INLINE __m512i add_third_bit(__m512i low, __m512i bits)
+{
+    return _mm512_or_si512(low, _mm512_and_si512(bits, _mm512_set1_epi8(4)));
+}
+
+/* Groups of 16 rows x 4 k, as load_codes() has them, of 2- or 3-bit codes. */
+INLINE void load_few_bits(const uint8_t *codes, int kind, __m512i group[8])
+{
+    const __m512i mask = _mm512_set1_epi8(3);
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; q++) {
+        _mm_prefetch(codes + q * 64 + AHEAD, _MM_HINT_T0);
+        __m512i four = _mm512_loadu_si512(codes + q * 64);
+        group[4 * q] = _mm512_and_si512(four, mask);
+        group[4 * q + 1] = _mm512_and_si512(_mm512_srli_epi16(four, 2), mask);
+        group[4 * q + 2] = _mm512_and_si512(_mm512_srli_epi16(four, 4), mask);
+        group[4 * q + 3] = _mm512_and_si512(_mm512_srli_epi16(four, 6), mask);
+    }
+    if (!(kind & W3)) return;
+    _mm_prefetch(codes + 128 + AHEAD, _MM_HINT_T0);
+    __m512i bits = _mm512_loadu_si512(codes + 128); /* group g's is bit g, wanted as bit 2 */
+    group[0] = add_third_bit(group[0], _mm512_slli_epi16(bits, 2));
+    group[1] = add_third_bit(group[1], _mm512_slli_epi16(bits, 1));
+    group[2] = add_third_bit(group[2], bits);
+    group[3] = add_third_bit(group[3], _mm512_srli_epi16(bits, 1));
+    group[4] = add_third_bit(group[4], _mm512_srli_epi16(bits, 2));
+    group[5] = add_third_bit(group[5], _mm512_srli_epi16(bits, 3));
+    group[6] = add_third_bit(group[6], _mm512_srli_epi16(bits, 4));
+    group[7] = add_third_bit(group[7], _mm512_srli_epi16(bits, 5));
+}
+
 /* The 8 groups of 16 rows x 4 k of a block as unsigned bytes. */
 INLINE void load_codes(const tile *t, const uint8_t *codes, int kind, __m512i group[8])
 {
@@ -42,6 +73,10 @@ INLINE void load_codes(const tile *t, const uint8_t *codes, int kind, __m512i gr
             _mm_prefetch(codes + g * 64 + AHEAD, _MM_HINT_T0);
             group[g] = _mm512_loadu_si512(codes + g * 64);
         }
+        return;
+    }
+    if (kind & (W2 | W3)) {
+        load_few_bits(codes, kind, group);
         return;
     }
     const __m512i mask = _mm512_set1_epi8(15);
@@ -153,6 +188,8 @@ typedef void (*tile_function)(tile *t, uint32_t n);
 TILE_FUNCTION(w4_zero_f16, 0)
 TILE_FUNCTION(w4_min_f16, MIN)
 TILE_FUNCTION(w4_min_f32, MIN | F32_SCALES)
+TILE_FUNCTION(w2_min_f16, W2 | MIN)
+TILE_FUNCTION(w3_zero_f16, W3)
 TILE_FUNCTION(w8_zero_f16, W8)
 TILE_FUNCTION(w8_min_f16, W8 | MIN)
 TILE_FUNCTION(w8_min_f32, W8 | MIN | F32_SCALES)
@@ -167,6 +204,8 @@ static tile_function function_for(const choir_matrix *w, const quant_layout *l)
     if (l->table != TABLE_NONE && l->n_groups == 2)
         return l->min ? table_halves_min_f32 : table_halves_f32;
     if (l->table != TABLE_NONE) return l->f32 ? table_f32 : table_f16;
+    if (w->layout == CHOIR_LAYOUT_W2) return w2_min_f16;
+    if (w->layout == CHOIR_LAYOUT_W3) return w3_zero_f16;
     if (w->layout == CHOIR_LAYOUT_W4)
         return l->min ? l->f32 ? w4_min_f32 : w4_min_f16 : w4_zero_f16;
     if (l->n_groups == 2) return w8_halves_f32;
@@ -196,7 +235,7 @@ static void quant_matmul(const choir_matrix *w, const choir_acts *acts, float *r
 static void matmul(const choir_matrix *w, const choir_acts *acts, float *restrict y, size_t ldy,
                    uint32_t begin, uint32_t end)
 {
-    if (w->layout == CHOIR_LAYOUT_W4 || w->layout == CHOIR_LAYOUT_W8)
+    if (choir_layout_has_codes(w->layout))
         quant_matmul(w, acts, y, ldy, begin, end);
     else
         float_matmul(w, acts, y, ldy, begin, end);

@@ -113,12 +113,6 @@ static float scale_of(const quant_layout *l, const uint8_t *block, uint32_t i)
     return value;
 }
 
-static int32_t code_of(bool w4, const uint8_t *codes, uint32_t r, uint32_t k)
-{
-    uint32_t group = k / 4, at = r * 4 + k % 4;
-    return w4 ? codes[group / 2 * 64 + at] >> (group % 2 * 4) & 15 : codes[group * 64 + at];
-}
-
 static int32_t act_of(const acts_layout *a, const uint8_t *row, uint32_t k)
 {
     return 256 * ((const int8_t *)row)[k] + ((const int8_t *)row)[a->low_at + k];
@@ -141,7 +135,7 @@ static float quantised_dot(const choir_matrix *w, const quant_layout *l, const u
         for (uint32_t g = 0; g < l->n_groups; g++) {
             int32_t sum = 0;
             for (uint32_t k = g * n; k < (g + 1) * n; k++) {
-                int32_t code = code_of(w->layout == CHOIR_LAYOUT_W4, codes, r, k);
+                int32_t code = (int32_t)choir_code_at(w->layout, codes, r, k);
                 if (l->table != TABLE_NONE) code = table[code];
                 sum += (code - zero) * act_of(&a, row, b * BLOCK + k);
             }
@@ -202,7 +196,7 @@ static void float_matmul(const choir_matrix *w, const choir_acts *acts, float *y
 static void matmul(const choir_matrix *w, const choir_acts *acts, float *restrict y, size_t ldy,
                    uint32_t begin, uint32_t end)
 {
-    if (w->layout == CHOIR_LAYOUT_W4 || w->layout == CHOIR_LAYOUT_W8)
+    if (choir_layout_has_codes(w->layout))
         quantised_matmul(w, acts, y, ldy, begin, end);
     else
         float_matmul(w, acts, y, ldy, begin, end);
