@@ -4,7 +4,8 @@
 #include <string.h>
 
 /* Aged counts are kept as they were at their last change: count(t) = count 2^((changed - t) /
- * half-life). */
+ * half-life). A layer's time is the step of its last turn: those whose turn in this step is still to come
+ * must not look colder than those that have had it. */
 typedef struct use {
     float count, worth; /* uses; what the policy makes of them */
     uint32_t changed;   /* step */
@@ -15,6 +16,7 @@ struct choir_policy {
     choir_policy_kind kind;
     uint32_t n_layers, n_experts, now;
     use *uses;         /* [n_layers, n_experts] */
+    uint32_t *turn;    /* [n_layers] step of the layer's last turn */
     float *layer_cost; /* [n_layers] */
 };
 
@@ -41,9 +43,10 @@ choir_status choir_policy_create(choir_policy_kind kind, uint32_t n_layers, uint
     choir_policy *p = choir_calloc(CHOIR_MEM_EXPERTS, 1, sizeof *p);
     if (p != NULL) {
         p->uses = choir_calloc(CHOIR_MEM_EXPERTS, (size_t)n_layers * n_experts, sizeof *p->uses);
+        p->turn = choir_calloc(CHOIR_MEM_EXPERTS, n_layers, sizeof *p->turn);
         p->layer_cost = choir_calloc(CHOIR_MEM_EXPERTS, n_layers, sizeof *p->layer_cost);
     }
-    if (p == NULL || p->uses == NULL || p->layer_cost == NULL) {
+    if (p == NULL || p->uses == NULL || p->turn == NULL || p->layer_cost == NULL) {
         choir_policy_destroy(p);
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory to keep the uses of %u experts", n_experts);
     }
@@ -59,6 +62,7 @@ void choir_policy_destroy(choir_policy *p)
 {
     if (p == NULL) return;
     choir_free(p->uses);
+    choir_free(p->turn);
     choir_free(p->layer_cost);
     choir_free(p);
 }
@@ -73,9 +77,9 @@ static use *use_at(const choir_policy *p, uint32_t layer, uint32_t expert)
     return &p->uses[(size_t)layer * p->n_experts + expert];
 }
 
-static float age(const choir_policy *p, const use *u)
+static float age(const choir_policy *p, uint32_t layer, const use *u)
 {
-    return exp2f(-(float)(p->now - u->changed) / CHOIR_POLICY_HALF_LIFE);
+    return exp2f(-(float)(p->turn[layer] - u->changed) / CHOIR_POLICY_HALF_LIFE);
 }
 
 /* A use by a request that ends soon says less of the steps to come; weights say how clearly the
@@ -91,7 +95,8 @@ void choir_policy_use(choir_policy *p, uint32_t layer, uint32_t expert, uint32_t
                       float weight, uint32_t remaining)
 {
     use *u = use_at(p, layer, expert);
-    float aged = age(p, u);
+    p->turn[layer] = p->now;
+    float aged = age(p, layer, u);
     u->count = u->count * aged + 1;
     u->worth = u->worth * aged + worth_of(p, n_rows, weight, remaining);
     u->changed = p->now;
@@ -107,11 +112,11 @@ double choir_policy_value(const choir_policy *p, uint32_t layer, uint32_t expert
 {
     const use *u = use_at(p, layer, expert);
     if (p->kind == CHOIR_POLICY_LRU) return u->last;
-    return (double)(u->worth * age(p, u) * p->layer_cost[layer]);
+    return (double)(u->worth * age(p, layer, u) * p->layer_cost[layer]);
 }
 
 float choir_policy_heat(const choir_policy *p, uint32_t layer, uint32_t expert)
 {
     const use *u = use_at(p, layer, expert);
-    return u->count * age(p, u);
+    return u->count * age(p, layer, u);
 }
