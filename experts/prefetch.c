@@ -100,7 +100,7 @@ void guesses_end_layer(choir_experts *store, uint32_t layer)
 /* How many the disk is likely to read until the next demand; 0: not now. */
 static uint32_t depth(const choir_experts *store)
 {
-    if (!store->guessing) return 0;
+    if (!store->guessing || store->n_slabs_held > store->n_slabs_allowed) return 0;
     double read = read_ns(store);
     uint32_t n = read > 0 ? (uint32_t)((double)store->window_ns / read) + 1 : 1;
     return n < MAX_DEPTH ? n : MAX_DEPTH;
