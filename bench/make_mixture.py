@@ -24,8 +24,8 @@ SHAPES = {
                           ffn=768, vocab=151936, context=32768, pre="qwen2"),
 }
 TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
-# Bytes of a block's numbers, and their standard deviation when the bytes are uniform.
-BLOCKS = {gguf.GGMLQuantizationType.Q4_0: (16, 4.61), gguf.GGMLQuantizationType.Q8_0: (32, 73.9)}
+# Bytes of a block's numbers, and their standard deviation when centred() has them.
+BLOCKS = {gguf.GGMLQuantizationType.Q4_0: (16, 4.18), gguf.GGMLQuantizationType.Q8_0: (32, 73.6)}
 SHARED = math.sqrt(0.5)  # of a normalised embedding lies along what all have in common
 
 
@@ -94,12 +94,23 @@ def tensors(s):
         yield at + "ffn_down_exps", (s["experts"], hidden, s["ffn"]), 0.3
 
 
+def centred(data, kind):
+    """Without the one number that has no opposite: a mean of other than 0 adds up over the columns, layer by layer,
+    until all tokens are alike."""
+    if kind == gguf.GGMLQuantizationType.Q8_0:
+        data[data == 0x80] = 0  # -128
+    else:
+        data[data & 0x0F == 0] |= 0x08  # -8, in either half
+        data[data & 0xF0 == 0] |= 0x80
+    return data
+
+
 def random_blocks(chance, shape, kind, gain):
     """Uniform bytes under one scale: numbers of the deviation gain / sqrt(columns)."""
     data_bytes, deviation = BLOCKS[kind]
     blocks = np.empty((math.prod(shape) // 32, 2 + data_bytes), np.uint8)
     blocks[:, :2] = np.frombuffer(np.float16(gain / math.sqrt(shape[-1]) / deviation).tobytes(), np.uint8)
-    blocks[:, 2:] = np.frombuffer(chance.bytes(blocks.shape[0] * data_bytes), np.uint8).reshape(-1, data_bytes)
+    blocks[:, 2:] = centred(chance.integers(0, 256, (len(blocks), data_bytes), np.uint8), kind)
     return blocks.reshape(*shape[:-1], -1)
 
 
