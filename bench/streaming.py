@@ -6,6 +6,10 @@ alone. Choir reads a pack of the same model. Ratios count; the disk and its cach
 
   choir pack MODEL.gguf -o MODEL.choir
   bench/streaming.py --gguf MODEL.gguf --pack MODEL.choir --llama LLAMA_BIN_FOLDER
+
+or, with a model of a real shape and random weights that it makes itself (bench/requirements.txt) and leaves in DIR:
+
+  bench/streaming.py --make olmoe --folder DIR --llama LLAMA_BIN_FOLDER
 """
 import argparse
 import json
@@ -88,10 +92,26 @@ def choir(args, batch, limit):
     return json.loads(out)["runs"][0]
 
 
+def make(args):
+    """The model and its pack, as far as DIR does not have them."""
+    import make_mixture
+    args.folder.mkdir(parents=True, exist_ok=True)
+    name = f"{args.make}-{args.type}-skew{args.skew:g}"
+    args.gguf, args.pack = args.folder / f"{name}.gguf", args.folder / f"{name}.choir"
+    if not args.gguf.exists():
+        print(f"{name}: {make_mixture.write(args.gguf, args.make, args.type, args.skew)}", flush=True)
+    if not args.pack.exists():
+        subprocess.run([args.choir, "pack", args.gguf, "-o", args.pack], check=True, stdout=subprocess.DEVNULL)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--gguf", required=True, type=pathlib.Path)
-    p.add_argument("--pack", required=True, type=pathlib.Path)
+    p.add_argument("--gguf", type=pathlib.Path)
+    p.add_argument("--pack", type=pathlib.Path)
+    p.add_argument("--make", metavar="SHAPE", help="one of make_mixture.py's, instead of --gguf and --pack")
+    p.add_argument("--folder", type=pathlib.Path, help="where --make's files lie")
+    p.add_argument("--type", default="q4_0", help="of --make: q4_0 or q8_0 [q4_0]")
+    p.add_argument("--skew", default=0.0, type=float, help="of --make's routes [0]")
     p.add_argument("--llama", type=pathlib.Path, help="folder of llama.cpp's programs; without: Choir alone")
     p.add_argument("--choir", default=ROOT / "build" / "choir", type=pathlib.Path)
     p.add_argument("--share", default=0.4, type=float, help="of the model's bytes that memory may hold [0.4]")
@@ -102,6 +122,10 @@ def main():
     p.add_argument("--threads", default=os.cpu_count(), type=int)
     p.add_argument("--rounds", default=3, type=int)
     args = p.parse_args()
+    if args.make and args.folder:
+        make(args)
+    elif not (args.gguf and args.pack):
+        p.error("--gguf and --pack, or --make and --folder")
     limit = int(args.gguf.stat().st_size * args.share)
     print(f"{args.gguf.name}: {args.gguf.stat().st_size / 1e9:.2f} GB, memory {limit / 1e9:.2f} GB", flush=True)
     for batch in map(int, args.batches.split(",")):

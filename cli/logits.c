@@ -99,9 +99,10 @@ static choir_status run_chunks(job *j, bool save_logits, bool save_routes)
                            .logits = j->logits,
                            .routes = save_routes ? &j->routes : NULL};
         CHOIR_TRY(choir_engine_step(j->engine, &span, 1));
-        if (span.status != CHOIR_OK)
+        if (span.status != CHOIR_OK && span.missing_expert < 0)
             return choir_fail(span.status, "the logits of tokens %u to %u hold NaN or Inf", first,
                               first + n - 1);
+        CHOIR_TRY(choir_span_failure(&span));
         if (save_logits)
             CHOIR_TRY(choir_save_write(&j->out, j->logits, (size_t)n * vocab * sizeof(float)));
         if (save_routes) CHOIR_TRY(write_routes(j, first, n));

@@ -39,23 +39,29 @@ static bool in_quarantine(entry *e)
     return e->quarantined_until != 0;
 }
 
-/* Slots for the cold ones, as far as there are any. */
+/* Slots for the cold ones, as far as there are any, and as many as the disk can be asked for now: what computes
+ * meanwhile gives its slot to the next, and fewer of those that stay have to go. */
 static void load_cold(choir_experts *store)
 {
     uint32_t n_victims = 0, at = 0;
     bool looked = false;
+    slots_shrink(store);
+    /* Each slab beyond the budget holds somebody who stays; until he goes, others would for
+     * nothing. */
+    if (store->n_slabs_held > store->n_slabs_allowed) return;
     for (uint32_t i = 0; i < store->n_wanted; i++) {
         wanted *w = &store->wanted[i];
         entry *e = entry_at(store, store->layer, w->expert);
         if (w->state != WANT_COLD || in_quarantine(e)) continue;
+        uint32_t busy = choir_experts_n_in_flight(store);
+        if (busy >= store->options.queue_depth) break;
         if (!load_can_begin(store, e) && !slots_free_staging(store)) break;
         slot *s = slots_take_free(store);
         while (s == NULL) {
-            if (!looked) n_victims = slots_find_victims(store);
+            if (!looked) n_victims = slots_find_victims(store, store->options.queue_depth - busy);
             looked = true;
             if (!slots_evict_next(store, &at, n_victims)) return;
             s = slots_take_free(store);
-            if (s == NULL && store->n_slabs_held > store->n_slabs_allowed) slots_shrink(store);
         }
         load_begin(store, s, (uint32_t)(e - store->entries), false);
         entry_pin(store, e);
@@ -119,11 +125,10 @@ static bool may_come(const choir_experts *store)
 {
     for (uint32_t i = 0; i < store->n_wanted; i++) {
         const wanted *w = &store->wanted[i];
-        const entry *e = entry_at(store, store->layer, w->expert);
+        entry *e = entry_at(store, store->layer, w->expert);
         if (w->state == WANT_AWAITED && e->slot != NONE && !store->slots[e->slot].late) return true;
         /* A cold one waits for a slot: it comes when others, which are on their way, have been. */
-        if (w->state == WANT_COLD && e->quarantined_until == 0 && store->n_reads_in_flight > 0)
-            return true;
+        if (w->state == WANT_COLD && store->n_reads_in_flight > 0 && !in_quarantine(e)) return true;
     }
     return false;
 }
@@ -169,14 +174,13 @@ uint32_t choir_experts_missing(choir_experts *store, choir_expert_missing *out)
         wanted *w = &store->wanted[i];
         if (w->state == WANT_GIVEN) continue;
         entry *e = entry_at(store, store->layer, w->expert);
-        bool lost = e->quarantined_until != 0;
+        bool lost = w->state == WANT_COLD ? in_quarantine(e) : e->quarantined_until != 0;
         out[n++] =
             (choir_expert_missing){w->expert, lost ? CHOIR_E_DATA_LOSS : CHOIR_E_UNAVAILABLE};
         if (!lost) store->stats.n_late++;
-        if (w->state == WANT_AWAITED && e->slot != NONE) {
-            store->slots[e->slot].late = true;
-            entry_unpin(store, e);
-        }
+        if (w->state == WANT_COLD || (!e->resident && e->slot == NONE)) continue; /* not pinned */
+        if (!e->resident) store->slots[e->slot].late = store->slots[e->slot].state == SLOT_LOADING;
+        entry_unpin(store, e);
     }
     store->n_wanted = store->n_left = 0;
     return n;

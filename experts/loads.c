@@ -148,6 +148,7 @@ void slot_fail(choir_experts *store, slot *s, const char *why)
     e->quarantined_until = choir_clock_now() + store->options.quarantine_ns;
     store->stats.n_failed++;
     while (e->n_pins > 0) entry_unpin(store, e);
+    if (s->speculative) guess_was_wrong(store, s);
     load_end_staging(store, s);
     slot_move(store, s, SLOT_FREE);
 }
@@ -159,6 +160,7 @@ static void slot_arrive(choir_experts *store, slot *s, uint64_t now)
         for (uint32_t i = 0; i < from->n_extents; i++)
             store->stats.bytes_read += from->extents[i].bytes;
         note_latency(store, s, now);
+        s->late = false; /* should its bytes be wrong, the next read of them is waited for */
         slot_move(store, s, SLOT_ARRIVED);
         return;
     }

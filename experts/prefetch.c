@@ -112,7 +112,7 @@ void guesses_end_layer(choir_experts *store, uint32_t layer)
 /* How many the disk is likely to read until the next demand; 0: not now. */
 static uint32_t depth(const choir_experts *store)
 {
-    if (!store->guessing) return 0;
+    if (!store->guessing || store->n_slabs_held > store->n_slabs_allowed) return 0;
     double read = read_ns(store);
     uint32_t n = read > 0 ? (uint32_t)((double)store->window_ns / read) + 1 : 1;
     return n < MAX_DEPTH ? n : MAX_DEPTH;
@@ -123,7 +123,7 @@ static slot *colder_slot(choir_experts *store, float heat, uint32_t *at, int64_t
 {
     slot *s = slots_take_free(store);
     if (s != NULL) return s;
-    if (*n_victims < 0) *n_victims = slots_find_victims(store);
+    if (*n_victims < 0) *n_victims = slots_find_victims(store, MAX_DEPTH);
     if (*at == *n_victims) return NULL;
     slot *coldest = &store->slots[store->victims[*at].slot];
     float least = choir_policy_heat(store->policy, coldest->entry / store->n_experts,

@@ -1,8 +1,6 @@
 /* Slots: their states, their memory, and who has to go. */
 #include "experts/store.h"
 
-#include <stdlib.h>
-
 static const char *const state_texts[] = {"FREE", "LOADING", "ARRIVED", "READY"};
 
 void slot_move(choir_experts *store, slot *s, slot_state to)
@@ -51,20 +49,24 @@ static double value_of(const choir_experts *store, const slot *s)
                               s->entry % store->n_experts);
 }
 
-static int colder_first(const void *a, const void *b)
+static bool colder(victim a, victim b)
 {
-    const victim *x = a, *y = b;
-    if (x->value != y->value) return x->value < y->value ? -1 : 1;
-    return x->slot < y->slot ? -1 : x->slot > y->slot;
+    return a.value != b.value ? a.value < b.value : a.slot < b.slot;
 }
 
-uint32_t slots_find_victims(choir_experts *store)
+/* Insertion into a short list: few are needed of many. */
+uint32_t slots_find_victims(choir_experts *store, uint32_t most)
 {
     uint32_t n = 0, n_slots = store->max_slabs * store->slots_per_slab;
-    for (uint32_t i = 0; i < n_slots; i++)
-        if (may_go(store, &store->slots[i]))
-            store->victims[n++] = (victim){value_of(store, &store->slots[i]), i};
-    qsort(store->victims, n, sizeof *store->victims, colder_first);
+    victim *v = store->victims;
+    for (uint32_t i = 0; i < n_slots && most > 0; i++) {
+        if (!may_go(store, &store->slots[i])) continue;
+        victim next = {value_of(store, &store->slots[i]), i};
+        if (n == most && !colder(next, v[n - 1])) continue;
+        uint32_t at = n < most ? n++ : n - 1;
+        for (; at > 0 && colder(next, v[at - 1]); at--) v[at] = v[at - 1];
+        v[at] = next;
+    }
     return n;
 }
 

@@ -136,8 +136,8 @@ static inline entry *entry_at(const choir_experts *store, uint32_t layer, uint32
 
 /* experts/slots.c */
 void slot_move(choir_experts *store, slot *s, slot_state to);
-/* Sorts the slots that may be evicted, coldest first, into store->victims. */
-uint32_t slots_find_victims(choir_experts *store);
+/* The coldest of the slots that may be evicted, in order, at most `most`, into store->victims. */
+uint32_t slots_find_victims(choir_experts *store, uint32_t most);
 /* A free slot: one that is, or of a slab not held yet; NULL: somebody has to go. */
 slot *slots_take_free(choir_experts *store);
 void slot_evict(choir_experts *store, slot *s);

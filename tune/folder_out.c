@@ -155,7 +155,7 @@ static choir_status finish(const output *o)
     if (rename(o->temporary, o->folder->path) != 0)
         return choir_fail(errno == EEXIST || errno == ENOTEMPTY ? CHOIR_E_EXISTS : CHOIR_E_IO,
                           "cannot name the new folder %s: %m", o->folder->path);
-    return CHOIR_OK;
+    return choir_folder_sync(o->folder->path);
 }
 
 static choir_status write_folder(output *o)

@@ -9,8 +9,10 @@ import pty
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ import unittest
 import tiny_model
 
 CHOIR = str(pathlib.Path(sys.argv[1]).resolve())
+FAULTY_IO = pathlib.Path(CHOIR).parent / "tests/cli/libfaulty_io.so"
 VERBS = "serve chat generate logits tokenize detokenize perplexity info bench pack upcycle".split()
 LATER = "quantize convert merge prune adapter router data tune eval monitor".split()
 
@@ -215,6 +218,80 @@ class Packs(Case):
         self.fails(1, "cannot write .*full.choir.partial: File too large", "pack", self.moe, "-o", pack, preexec_fn=limit)
         self.assertFalse(pack.exists())
         self.ok("pack", self.moe, "-o", pack)
+
+
+class Faults(Case):
+    """What the system does to files, by tests/cli/faulty_io.c between choir and it."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.plan = cls.folder / "faults"
+        cls.plan.write_text("")
+        cls.faulty = {**os.environ, "LD_PRELOAD": str(FAULTY_IO), "IO_FAULTS": str(cls.plan),
+                      "ASAN_OPTIONS": os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"}
+
+    def faults(self, words):
+        beside = self.plan.with_suffix(".new")
+        beside.write_text(words)
+        os.replace(beside, self.plan)
+
+
+class Syncs(Faults):
+    """FAULTS 10: a sync that fails loses what was written. It is not called again, and a later run begins anew."""
+
+    def each(self, command, out, right, old):
+        """Each sync of the command fails in turn, until one run has fewer. `right` and `old` map names to bytes."""
+        i = 0
+        while True:
+            i += 1
+            self.empty(out)
+            for name, data in old.items():
+                (out.parent / name).write_bytes(data)
+            self.faults(f"sync={i}")
+            done = choir(*command, env=self.faulty)
+            if done.returncode == 0:
+                break
+            self.assertEqual(done.returncode, 1, done.stderr)
+            self.assertRegex(done.stderr, r"^choir: cannot (save|sync) .*: Input/output error\n$")
+            after = self.all(out)
+            self.assertIn(after, (old, right), f"sync {i}: {sorted(after)}")  # no leftovers under any name
+            if "folder of" not in done.stderr:
+                self.assertEqual(after, old)
+            if after == right:
+                self.empty(out)
+            self.ok(*command)
+            self.assertEqual(self.all(out), right)
+        self.assertEqual(self.all(out), right)
+        return i - 1
+
+    def all(self, out):
+        return {str(f.relative_to(out.parent)): f.read_bytes() for f in out.parent.rglob("*") if f.is_file()}
+
+    def empty(self, out):
+        shutil.rmtree(out.parent, ignore_errors=True)
+        out.parent.mkdir()
+
+    def test_pack(self):
+        out = self.folder / "packs" / "m.choir"
+        self.empty(out)
+        command = ["pack", self.moe, "-o", out]
+        self.ok(*command)
+        right = self.all(out)
+        self.assertEqual(self.each(command, out, right, {}), 3)  # the data, the header, the folder
+        self.ok("pack", self.moe, "-o", out, "--quant", "q8_0")
+        old = self.all(out)
+        self.assertNotEqual(old, right)
+        self.assertEqual(self.each(command, out, right, old), 3)
+
+    def test_upcycle(self):
+        adapter = self.folder / "adapter"
+        tiny_model.write_adapter(adapter, scale=0.1)
+        out = self.folder / "made" / "up"
+        self.empty(out)
+        command = ["upcycle", self.dense, "--expert", f"a={adapter}", "--gate-init", "uniform", "-o", out]
+        self.ok(*command)
+        self.assertEqual(self.each(command, out, self.all(out), {}), 15)  # seven files, with the folder; its name
 
 
 class Usage(Case):
@@ -428,15 +505,16 @@ class Upcycle(Case):
             self.assertAlmostEqual(a["logit"], b["logit"], places=4)
 
 
-class Serve(Case):
-    def start(self, *words):
+class Serving(Case):
+    def start(self, *words, env=None):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{s.getsockname()[1]}"
         self.log = open(self.folder / "serve.log", "w+")
         server = subprocess.Popen([CHOIR, "serve", *map(str, words), "--listen", self.address], stderr=self.log,
-                                  stdin=subprocess.DEVNULL)
+                                  stdin=subprocess.DEVNULL, env=env)
         self.addCleanup(self.log.close)
+        self.addCleanup(server.wait)
         self.addCleanup(server.kill)
         for _ in range(600):
             if server.poll() is not None or \
@@ -449,6 +527,139 @@ class Serve(Case):
         self.log.seek(0)
         return self.log.read()
 
+class Disk(Faults, Serving):
+    """FAULTS 1 to 4 and 6 on real files: a pack whose experts are streamed by pread."""
+    STREAM = ["--expert-io", "pread", "--expert-memory"]
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.many, cls.pack = cls.folder / "many", cls.folder / "many.choir"
+        tiny_model.write(cls.many, experts=16)
+        choir("pack", cls.many, "-o", cls.pack).check_returncode()
+        head = cls.pack.read_bytes()
+        n_tensors, n_runs = struct.unpack_from("<II", head, 20)
+        runs = [struct.unpack_from("<IIQQ", head, 4096 + 64 * n_tensors + 40 * i) for i in range(n_runs)]
+        cls.runs = {(layer, expert): (offset, size) for layer, expert, offset, size in runs}
+        cls.first_run = min(offset for offset, _ in cls.runs.values())
+        cls.prompts = "acegikmoqsuwy"
+
+    def answer(self, prompt, *more):
+        return json.loads(self.ok("generate", *more, "-p", prompt, "-n", 1, "--temperature", 0, "--json"))["token_ids"]
+
+    def ask(self, prompt):
+        """Asks the server; a Popen, for questions that run beside each other."""
+        return subprocess.Popen([CHOIR, "generate", "m", "-p", prompt, "-n", "1", "--temperature", "0", "--json",
+                                 "--server", self.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def got(self, asked):
+        out, said = asked.communicate(timeout=60)
+        return asked.returncode, json.loads(out)["token_ids"] if asked.returncode == 0 else said
+
+    def lost(self, got):
+        self.assertEqual(got[0], 1, got)
+        self.assertRegex(got[1], "cannot be read from disk")
+
+    def experts_of(self, prompt):
+        routes = self.folder / "routes.jsonl"
+        ids = self.ok("tokenize", self.pack, "--", prompt).strip()
+        self.ok("logits", self.pack, "--tokens", ids, "--routes", routes)
+        lines = map(json.loads, routes.read_text().splitlines())
+        return {(line["layer"], expert) for line in lines for expert in line["experts"]}
+
+    def pair(self):
+        """Two prompts, and an expert that the first wants and the second does not."""
+        first = self.prompts[0]
+        for other in self.prompts[1:]:
+            alone = self.experts_of(first) - self.experts_of(other)
+            if alone:
+                return first, other, min(alone)
+        self.fail("all prompts want the same experts")
+
+    def at_experts(self, words, expert=None):
+        begin, size = self.runs[expert] if expert else (self.first_run, 1 << 40)
+        self.faults(f"name=.choir from={begin} to={begin + size} {words}")
+
+    def test_bits(self):
+        out = self.folder / "logits.bin"
+        command = ["logits", self.pack, "--tokens", "5,7,9,11,40,41", "--out", out]
+        self.ok(*command)
+        wanted = out.read_bytes()
+        for words in ("", "eio=1", "eio=2", "short=200", "short=700"):
+            for memory in ("200KiB", "1MiB"):
+                self.at_experts(words)
+                self.ok(*command, *self.STREAM, memory, env=self.faulty)
+                self.assertEqual(out.read_bytes(), wanted, words)
+        self.at_experts("eio=-1")
+        done = choir(*command, *self.STREAM, "1MiB", env=self.faulty)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, "cannot be read from disk")
+
+    def test_a_lost_expert(self):
+        self.faults("")
+        first, other, expert = self.pair()
+        wanted = self.answer(other, self.pack)
+        server = self.start(self.pack, "--served-model-name", "m", *self.STREAM, "1MiB", "--no-prefetch",
+                            env=self.faulty)
+        self.at_experts("eio=-1", expert)
+        for _ in range(3):
+            asked = self.ask(first), self.ask(other)
+            self.lost(self.got(asked[0]))
+            self.assertEqual(self.got(asked[1]), (0, wanted))
+        self.assertRegex(self.said(), f"expert {expert[1]} of layer {expert[0]} is lost for 30 s: Input/output error")
+        server.send_signal(signal.SIGTERM)
+        self.assertEqual(server.wait(60), 0)
+
+    def test_a_slow_expert(self):
+        self.faults("")
+        first, other, expert = self.pair()
+        wanted = [self.answer(p, self.pack) for p in (first, other)]
+        self.start(self.pack, "--served-model-name", "m", *self.STREAM, "1MiB", "--no-prefetch", env=self.faulty)
+        self.assertEqual(self.got(self.ask(other)), (0, wanted[1]))  # its experts are resident now
+        self.at_experts("sleep_ms=5000", expert)
+        began = time.monotonic()
+        waiting = self.ask(first)
+        time.sleep(0.3)
+        self.assertEqual(self.got(self.ask(other)), (0, wanted[1]))
+        self.assertLess(time.monotonic() - began, 4)
+        self.assertIsNone(waiting.poll())
+        self.assertEqual(self.got(waiting), (0, wanted[0]))
+        self.assertGreater(time.monotonic() - began, 4)
+
+    def test_another_file(self):
+        self.faults("")
+        served, other = self.folder / "served.choir", self.folder / "other.choir"
+        wanted = {p: self.answer(p, self.pack) for p in self.prompts}
+        shutil.copy(self.pack, served)
+        self.ok("pack", self.many, "-o", other, "--quant", "q8_0")
+        # Room for one layer's two experts and a few more: each prompt reads.
+        self.start(served, "--served-model-name", "m", *self.STREAM, "100KiB")
+        os.replace(other, served)  # the open file goes on
+        for p in self.prompts:
+            self.assertEqual(self.got(self.ask(p)), (0, wanted[p]))
+
+    def test_written_over(self):
+        self.faults("")
+        served = self.folder / "over.choir"
+        wanted = {p: self.answer(p, self.pack) for p in self.prompts}
+        shutil.copy(self.pack, served)
+        self.start(served, "--served-model-name", "m", *self.STREAM, "100KiB")
+        self.assertEqual(self.got(self.ask(self.prompts[0])), (0, wanted[self.prompts[0]]))
+        with open(served, "r+b") as file:  # all of it but the header, which would be told at the next start
+            file.seek(4096)
+            file.write(bytes(range(1, 256)) * ((served.stat().st_size - 4096) // 255))
+        n_lost = 0
+        for p in self.prompts[1:]:
+            got = self.got(self.ask(p))
+            if got[0] == 0:
+                self.assertEqual(got[1], wanted[p])
+            else:
+                self.lost(got)
+                n_lost += 1
+        self.assertGreater(n_lost, len(self.prompts) // 2)
+
+
+class Serve(Serving):
     def test_a_life(self):
         config = self.folder / "serve.json"
         config.write_text('{"max-num-seqs": 4, "memory": "2GiB", "api-key": ["secret-1"]}')

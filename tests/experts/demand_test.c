@@ -153,49 +153,6 @@ static void test_budget_moves(void **state)
     fake_store_destroy(&f);
 }
 
-/* 100,000 random schedules of requests, guesses, faults, late answers and budgets: what is given is
- * right, nothing stays pinned, and what does not come is told. */
-static void test_random_schedules(void **state)
-{
-    (void)state;
-    uint32_t n_came = 0, n_lost = 0, n_late = 0;
-    uint64_t n_guessed = 0;
-    for (uint64_t seed = 1; seed <= 1000; seed++) {
-        fake_store f;
-        uint32_t n_layers = 3, n_experts = 6;
-        fake_store_create(&f, n_layers, n_experts, 1 + (uint32_t)(seed % 12), seed);
-        f.disk.slowest_ns = seed % 3 * CHOIR_MS;
-        f.disk.depth = 1 + (uint32_t)(seed % 5);
-        if (seed % 4 == 1) f.disk.eio_permille = 100;
-        if (seed % 4 == 2) f.disk.damage_permille = 100;
-        if (seed % 4 == 3) f.disk.stall_permille = 30;
-        for (int round = 0; round < 100; round++) {
-            choir_expert_use uses[6];
-            uint16_t guesses[3];
-            uint32_t n = 0, layer = (uint32_t)round % n_layers;
-            for (uint32_t x = 0; x < n_experts; x++)
-                if (fake_random(&f.disk) % 3 == 0) uses[n++] = (choir_expert_use){x, 1, 0.5F};
-            uint32_t came = fake_run(&f, layer, uses, n);
-            if (came + f.n_missing != n)
-                fail_msg("seed %llu: %u came, %u are missing of %u", (unsigned long long)seed, came,
-                         f.n_missing, n);
-            n_came += came;
-            for (uint32_t i = 0; i < f.n_missing; i++)
-                *(f.missing[i].status == CHOIR_E_DATA_LOSS ? &n_lost : &n_late) += 1;
-            for (int i = 0; i < 3; i++) guesses[i] = (uint16_t)(fake_random(&f.disk) % n_experts);
-            choir_experts_prefetch(f.store, (layer + 1) % n_layers, guesses, 3);
-            if (fake_random(&f.disk) % 50 == 0)
-                choir_experts_set_budget(f.store, fake_random(&f.disk) % (1 << 20));
-            if (fake_random(&f.disk) % 20 == 0) fake_now += 31 * CHOIR_SECOND;
-        }
-        n_guessed += stats_of(&f).n_prefetched;
-        fake_store_destroy(&f);
-    }
-    print_message("%u came, %u lost, %u late, %llu guessed\n", n_came, n_lost, n_late,
-                  (unsigned long long)n_guessed);
-    assert_true(n_came > 100000 && n_lost > 100 && n_late > 100 && n_guessed > 1000);
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -205,7 +162,6 @@ int main(void)
         cmocka_unit_test(test_damage),
         cmocka_unit_test(test_stall),
         cmocka_unit_test(test_budget_moves),
-        cmocka_unit_test(test_random_schedules),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
