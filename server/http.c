@@ -2,8 +2,8 @@
  *
  * A connection's life is bounded by our own clock, since libevent's time-outs begin anew with every
  * byte. libevent 2.1 tells nobody when it frees a connection; so each bufferevent is held with a
- * reference of ours, and one whose callbacks are gone has been freed. Whoever has to go is shut
- * down on the socket, and libevent then finds the end of the stream like any other. */
+ * reference of ours, and one whose callbacks are gone has been freed. Whoever has to go gets the
+ * event of libevent's own time-out: the end of the stream would not be seen while reading rests. */
 #include "server/http.h"
 
 #include "server/call.h"
@@ -39,8 +39,8 @@ typedef struct peer {
     struct bufferevent *bev;
     uint64_t asking_since_ns; /* a request's first byte; 0: idle */
     uint64_t idle_since_ns;
-    double allowance; /* requests it may make now, as of idle_since_ns */
-    bool dropped;
+    double allowance; /* requests it may make, as of refilled_ns */
+    uint64_t refilled_ns;
 } peer;
 
 struct choir_http {
@@ -79,10 +79,10 @@ static void reap(choir_http *h)
     }
 }
 
+/* Never of the connection whose callback runs: it is freed at once. */
 static void drop(peer *p)
 {
-    p->dropped = true;
-    shutdown(bufferevent_getfd(p->bev), SHUT_RDWR);
+    bufferevent_trigger_event(p->bev, BEV_EVENT_TIMEOUT | BEV_EVENT_READING, 0);
 }
 
 static bool goes_before(const peer *a, const peer *b)
@@ -98,7 +98,7 @@ static void drop_one(choir_http *h)
     peer *oldest = NULL;
     for (uint32_t i = 0; i < h->n_slots; i++) {
         peer *p = &h->peers[i];
-        if (p->bev == NULL || was_freed(p) || p->dropped) continue;
+        if (p->bev == NULL || was_freed(p)) continue;
         if (oldest == NULL || goes_before(p, oldest)) oldest = p;
     }
     if (oldest != NULL) drop(oldest);
@@ -131,7 +131,7 @@ static void on_sweep(evutil_socket_t fd, short what, void *http)
     reap(h);
     for (uint32_t i = 0; i < h->n_slots; i++) {
         peer *p = &h->peers[i];
-        if (p->bev == NULL || p->dropped) continue;
+        if (p->bev == NULL) continue;
         uint64_t since = p->asking_since_ns != 0 ? p->asking_since_ns : p->idle_since_ns;
         uint32_t limit_ms = p->asking_since_ns != 0 ? o->http_request_ms : o->http_idle_ms;
         if (now - since > limit_ms * CHOIR_MS) drop(p);
@@ -159,7 +159,11 @@ static struct bufferevent *on_connect(struct event_base *base, void *http)
     CHOIR_ASSERT(i < h->n_slots);
     peer *p = &h->peers[i];
     uint64_t now = choir_clock_now();
-    *p = (peer){.bev = bev, .asking_since_ns = now, .idle_since_ns = now, .allowance = BURST};
+    *p = (peer){.bev = bev,
+                .asking_since_ns = now,
+                .idle_since_ns = now,
+                .allowance = BURST,
+                .refilled_ns = now};
     h->n_peers++;
     bufferevent_incref(bev);
     /* While an answer is written libevent goes on reading, into a buffer without a bound. */
@@ -188,11 +192,19 @@ static void on_answered(struct evhttp_request *request, void *http)
     peer *p = peer_of(http, request);
     if (p == NULL) return;
     bool has_more = evbuffer_get_length(bufferevent_get_input(p->bev)) > 0;
+    p->idle_since_ns = choir_clock_now();
+    p->asking_since_ns = has_more ? p->idle_since_ns : 0;
+}
+
+static bool may_ask(peer *p)
+{
     uint64_t now = choir_clock_now();
-    double earned = (double)(now - p->idle_since_ns) / CHOIR_SECOND * REQUESTS_PER_S;
+    double earned = (double)(now - p->refilled_ns) / CHOIR_SECOND * REQUESTS_PER_S;
     p->allowance = p->allowance + earned > BURST ? BURST : p->allowance + earned;
-    p->idle_since_ns = now;
-    p->asking_since_ns = has_more ? now : 0;
+    p->refilled_ns = now;
+    if (p->allowance < 1) return false;
+    p->allowance -= 1;
+    return true;
 }
 
 /* --- answers */
@@ -373,13 +385,12 @@ static void on_request(struct evhttp_request *request, void *http)
     evhttp_request_set_on_complete_cb(request, on_answered, h);
     for (size_t i = 0; i < sizeof routes / sizeof *routes && path != NULL; i++)
         if (strcmp(routes[i].path, path) == 0) to = &routes[i];
-    if (p == NULL || p->allowance < 1) {
+    if (p == NULL || !may_ask(p)) {
         header(request, "Connection", "close");
         refuse(request, 429, "rate_limit_error", "rate_limit_exceeded",
                "too many requests of one connection");
         return;
     }
-    p->allowance--;
     dispatch(h, to, request);
 }
 
