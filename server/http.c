@@ -30,7 +30,7 @@ enum {
     REQUESTS_PER_S = 20,    /* … and later */
     TEXT_MS = 100,          /* metrics asked for more often are the same text */
     MAX_BODY_BYTES = 4096,  /* read and thrown away */
-    MAX_PENDING = 32 << 20, /* bytes of answers */
+    MAX_PENDING = 16 << 20, /* bytes of answers that are not sent yet */
     WATCH_LATE_MS = 5000,   /* the watch thread looks ten times a second */
 };
 
@@ -296,7 +296,7 @@ static bool wants_experts(struct evhttp_request *request)
     return wants;
 }
 
-/* The text is made at most every TEXT_MS, whoever asks; readers share its bytes. */
+/* The text, in one piece. It is made at most every TEXT_MS, whoever asks. */
 static struct evbuffer *metrics_text(choir_http *h, bool with_heat)
 {
     uint64_t now = choir_clock_now();
@@ -304,7 +304,8 @@ static struct evbuffer *metrics_text(choir_http *h, bool with_heat)
     if (*text != NULL && now - h->text_ns[with_heat] < TEXT_MS * CHOIR_MS) return *text;
     struct evbuffer *fresh = evbuffer_new();
     if (fresh == NULL) return NULL;
-    if (choir_metrics_write(h->server, with_heat, fresh) != CHOIR_OK) {
+    if (choir_metrics_write(h->server, with_heat, fresh) != CHOIR_OK ||
+        evbuffer_pullup(fresh, -1) == NULL) {
         evbuffer_free(fresh);
         return NULL;
     }
@@ -331,7 +332,9 @@ static void answer_metrics(choir_http *h, struct evhttp_request *request)
         return;
     }
     struct evbuffer *text = metrics_text(h, wants_experts(request)), *body = evbuffer_new();
-    if (text == NULL || body == NULL || evbuffer_add_buffer_reference(body, text) != 0)
+    /* A copy: with a reference the slowest reader of each text would hold all of it. */
+    if (text == NULL || body == NULL ||
+        evbuffer_add(body, evbuffer_pullup(text, -1), evbuffer_get_length(text)) != 0)
         refuse(request, HTTP_SERVUNAVAIL, "server_error", "out_of_memory",
                "no memory for the metrics");
     else
