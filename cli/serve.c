@@ -34,7 +34,7 @@ static const choir_option options[] = {
     {"listen", 0, CHOIR_OPTION_LIST, offsetof(values, listen), "HOST:PORT",
      "gRPC address, or unix:/path; may be given again", 0, 0},
     {"http", 0, CHOIR_OPTION_TEXT, offsetof(values, http), "HOST:PORT",
-     "HTTP gateway (not there yet)", 0, 0},
+     "/metrics for Prometheus, /healthz, /readyz; plain HTTP [off]", 0, 0},
     {"served-model-name", 0, CHOIR_OPTION_LIST, offsetof(values, served_model_name), "NAME",
      "the names clients use, one for each MODEL [the file's]", 0, 0},
     {"max-model-len", 0, CHOIR_OPTION_COUNT, offsetof(values, max_model_len), "N",
@@ -87,7 +87,6 @@ typedef struct hosted {
 static choir_status refuse_later(const values *v)
 {
     if (v->engine.adapter != NULL) return choir_cli_not_yet("--adapter");
-    if (v->http != NULL) return choir_cli_not_yet("--http");
     if (v->adapters != NULL) return choir_cli_not_yet("--adapters");
     if (v->lora_modules.n > 0) return choir_cli_not_yet("--lora-modules");
     return CHOIR_OK;
@@ -189,6 +188,18 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
     return CHOIR_OK;
 }
 
+/* Whoever asked for TLS is told what goes without it. */
+static void print_http(const values *v, const char *address)
+{
+    if (address == NULL) return;
+    fprintf(stderr, "choir: metrics and health on http://%s\n", address);
+    if (v->tls_cert != NULL)
+        fprintf(stderr,
+                "choir: %s is plain HTTP: TLS is for gRPC alone, and what is read here, %s, can be "
+                "seen on the way\n",
+                address, v->api_key.n > 0 ? "API keys included" : "metrics and health");
+}
+
 static choir_status serve(const values *v, hosted *models, uint32_t n, char *cert, char *key)
 {
     choir_server_model served[CHOIR_MAX_LIST];
@@ -205,6 +216,7 @@ static choir_status serve(const values *v, hosted *models, uint32_t n, char *cer
     o.n_api_keys = v->api_key.n;
     o.tls_certificate = cert;
     o.tls_key = key;
+    o.http = v->http;
     o.max_message_bytes = (uint32_t)v->max_message;
     o.shutdown_ms = (uint32_t)v->shutdown_timeout * 1000;
     o.watchdog_exit_ms = (uint32_t)v->watchdog_timeout * 1000;
@@ -213,6 +225,7 @@ static choir_status serve(const values *v, hosted *models, uint32_t n, char *cer
     if (status == CHOIR_OK) {
         for (uint32_t i = 0; i < o.n_listen; i++)
             fprintf(stderr, "choir: listening on %s\n", choir_server_address(server, i));
+        print_http(v, choir_server_http_address(server));
         choir_server_run_until_signal(server);
     }
     choir_server_destroy(server);
@@ -272,6 +285,7 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
                           v->kv_cache_dtype);
     for (uint32_t i = 0; i < v->listen.n; i++)
         CHOIR_TRY(choir_server_check_address(v->listen.item[i]));
+    if (v->http != NULL) CHOIR_TRY(choir_server_check_http_address(v->http));
     if ((v->tls_cert != NULL) != (v->tls_key != NULL))
         return choir_fail(CHOIR_E_INVALID, "--tls-cert and --tls-key go together");
     choir_model_config any = {.vocab = 1, .temperature = -1};
@@ -285,8 +299,9 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
 
 const choir_verb choir_verb_serve = {
     .name = "serve",
-    .arguments = "MODEL… [--listen 127.0.0.1:50051] [--memory 8GiB] [--config FILE]",
-    .summary = "the gRPC server: streaming, health, reflection",
+    .arguments =
+        "MODEL… [--listen 127.0.0.1:50051] [--http 127.0.0.1:8000] [--memory 8GiB] [--config FILE]",
+    .summary = "the gRPC server: streaming, health, reflection; metrics over HTTP",
     .example = "choir serve SmolLM2-135M-Instruct.Q4_1 --listen 127.0.0.1:50051 --memory 2GiB",
     .options = options,
     .n_options = sizeof options / sizeof *options,

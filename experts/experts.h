@@ -152,7 +152,7 @@ typedef struct choir_experts_stats {
     bool prefetching;                        /* it pays, at the moment */
     uint64_t n_reads, bytes_read, n_retries, n_damaged, n_failed, n_late; /* n_late: sent on without */
     uint64_t stall_ns, busy_ns; /* the step waited; reads were in flight */
-    uint64_t latency[CHOIR_LATENCY_BUCKETS];
+    uint64_t latency[CHOIR_LATENCY_BUCKETS], latency_ns; /* of each expert's load; their sum */
 } choir_experts_stats;
 void choir_experts_get_stats(const choir_experts *store, choir_experts_stats *out);
 /* The latency, in seconds, that a share of the reads stayed below. */

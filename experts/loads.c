@@ -135,6 +135,7 @@ static void note_latency(choir_experts *store, const slot *s, uint64_t now)
     uint32_t bucket = 63 - (uint32_t)__builtin_clzll(eighths);
     if (bucket >= CHOIR_LATENCY_BUCKETS) bucket = CHOIR_LATENCY_BUCKETS - 1;
     store->stats.latency[bucket]++;
+    store->stats.latency_ns += now - s->sent_ns;
 }
 
 /* After its last try: the expert is left alone for a while, and who pinned it learns by its

@@ -9,9 +9,8 @@
 enum { GUESS_WEIGHT = 4 };
 enum {
     MAX_DEPTH = 8,
-    BLOCK = 64,      /* layers */
-    EXPLORE = 12,    /* every so many blocks the other way … */
-    FIRST_PAIRS = 6, /* … after so many in turn */
+    BLOCK = 64,   /* layers */
+    EXPLORE = 12, /* every so many blocks the other way; the second is the first */
 };
 
 static double read_ns(const choir_experts *store)
@@ -68,18 +67,14 @@ static void end_block(choir_experts *store)
     double cost = (double)store->block_ns / (double)store->block_wanted;
     if (store->n_blocks > 1 && store->guessing != store->guessed_before) {
         double gain = log(store->guessing ? store->cost_before / cost : cost / store->cost_before);
-        double part = store->n_pairs < FIRST_PAIRS ? 1.0 / (store->n_pairs + 1) : 0.2;
+        double part = 1.0 / (++store->n_pairs < 5 ? store->n_pairs : 5);
         store->gain += part * (gain - store->gain);
-        store->n_pairs++;
     }
     store->n_blocks++;
     store->cost_before = cost;
     store->guessed_before = store->guessing;
     bool better = store->gain >= 0;
-    if (store->n_pairs < FIRST_PAIRS)
-        store->guessing = !store->guessing;
-    else
-        store->guessing = store->n_blocks % EXPLORE == 0 ? !better : better;
+    store->guessing = store->n_blocks % EXPLORE == 2 ? !better : better;
     store->stats.prefetching = better;
     store->block_ns = store->block_wanted = store->block_layers = 0;
 }

@@ -91,6 +91,7 @@ static choir_status make_tables(choir_scheduler *s)
                          sizeof *s->published_heat);
         if (s->published_heat == NULL)
             return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the experts' heat");
+        s->published.experts = s->engine.expert_stats(s->engine.engine);
     }
     if (!s->options.prefix_cache) return CHOIR_OK;
     return prefix_cache_create(&s->pages, s->engine.page_tokens, &s->prefix);
@@ -226,7 +227,6 @@ static choir_status take_place(choir_scheduler *s, uint32_t n_samples)
         s->n_not_admitted++;
         s->n_held_requests++;
         s->n_held_samples += n_samples;
-        s->published.n_accepted++;
     } else {
         s->published.n_refused++;
     }
@@ -240,7 +240,6 @@ static void give_place_back(choir_scheduler *s, uint32_t n_samples)
     s->n_not_admitted--;
     s->n_held_requests--;
     s->n_held_samples -= n_samples;
-    s->published.n_accepted--;
     s->published.n_refused++;
     pthread_mutex_unlock(&s->lock);
 }
@@ -266,6 +265,7 @@ choir_status choir_scheduler_submit(choir_scheduler *s, const choir_request *fro
     else
         s->mailbox_first = r;
     s->mailbox_last = r;
+    s->published.n_accepted++; /* here, not with the place: a counter never goes back */
     pthread_cond_signal(&s->work);
     pthread_mutex_unlock(&s->lock);
     *out = stream;

@@ -3,7 +3,7 @@
  * gRPC 1.51 counts no connections; its listener accepts in a loop until there is nobody left,
  * before it serves anyone, so that one client that connects again and again starves the others and
  * fills the memory; and it closes for good when accept4() fails for want of file descriptors. So
- * this file defines accept4() for the whole program, libgrpc included, which is its only caller.
+ * this file defines accept4() for the whole program; libgrpc and libevent are its callers.
  * Whoever comes too often, and whoever's descriptor would lie beyond the limit, is closed at once
  * and never reaches gRPC. Descriptors are given out lowest first, so that the number of a new one
  * says how many are open. */

@@ -21,17 +21,22 @@ static bool known(const choir_server *server, const uint8_t *given, size_t bytes
     return found;
 }
 
-bool choir_auth_allows(const choir_server *server, const grpc_metadata_array *metadata)
+bool choir_auth_allows_value(const choir_server *server, const uint8_t *value, size_t bytes)
 {
     static const char scheme[] = "Bearer ";
+    const size_t skip = sizeof scheme - 1;
+    return bytes >= skip && strncasecmp((const char *)value, scheme, skip) == 0 &&
+           known(server, value + skip, bytes - skip);
+}
+
+bool choir_auth_allows(const choir_server *server, const grpc_metadata_array *metadata)
+{
     if (server->options.n_api_keys == 0) return true;
     for (size_t i = 0; i < metadata->count; i++) {
         grpc_slice key = metadata->metadata[i].key, value = metadata->metadata[i].value;
         if (grpc_slice_str_cmp(key, "authorization") != 0) continue;
-        size_t bytes = GRPC_SLICE_LENGTH(value), skip = sizeof scheme - 1;
-        const uint8_t *text = GRPC_SLICE_START_PTR(value);
-        if (bytes < skip || strncasecmp((const char *)text, scheme, skip) != 0) continue;
-        if (known(server, text + skip, bytes - skip)) return true;
+        if (choir_auth_allows_value(server, GRPC_SLICE_START_PTR(value), GRPC_SLICE_LENGTH(value)))
+            return true;
     }
     return false;
 }

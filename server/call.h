@@ -16,6 +16,7 @@
  * LIMITS  One send batch in flight per call.
  * NEXT    server/methods.c, server/generate.c */
 #pragma once
+#include "server/http.h"
 #include "server/queue.h"
 #include "server/reflection.h"
 #include "server/server.h"
@@ -106,6 +107,7 @@ struct choir_server {
     uint32_t n_models;
     choir_arena *copies; /* of the strings in options and models */
     char *addresses[CHOIR_SERVER_MAX_LISTEN];
+    choir_http *http; /* NULL: off */
     grpc_server *grpc;
     grpc_completion_queue *completions;
     choir_reflection *reflection;
@@ -117,6 +119,9 @@ struct choir_server {
     pthread_mutex_t calls_lock; /* guards `calls` and their links */
     choir_call *calls;
     _Atomic uint32_t n_open, n_generating, n_slots_missing;
+    /* The watch thread's last look, for /healthz; a server that drains lives. */
+    _Atomic bool makes_progress;
+    _Atomic uint64_t looked_ns;
     _Atomic uint64_t n_calls, n_refused, n_internal, n_requests;
 
     choir_queue *parse_queue, *wake_queue;
@@ -166,9 +171,12 @@ choir_status choir_health_create(choir_server *server);
 /* Sets every service's status from the phase and the engines; wakes the watchers of those that
  * changed. */
 void choir_health_update(choir_server *server, const bool *model_healthy);
+bool choir_health_serving(const choir_server *server); /* of the whole server */
 
 /* --- auth.c */
 bool choir_auth_allows(const choir_server *server, const grpc_metadata_array *metadata);
+/* The value of one authorization header. The server has keys. */
+bool choir_auth_allows_value(const choir_server *server, const uint8_t *value, size_t bytes);
 
 /* --- accept.c */
 /* Process-wide; max_connects_per_s of one address, 0: no limit. */

@@ -67,6 +67,11 @@ void choir_health_update(choir_server *server, const bool *model_healthy)
     pthread_mutex_unlock(&server->calls_lock);
 }
 
+bool choir_health_serving(const choir_server *server)
+{
+    return atomic_load(&server->health[0].status) == SERVING; /* that of "" */
+}
+
 static choir_status read_request(choir_call *call, Grpc__Health__V1__HealthCheckRequest **out)
 {
     static const choir_wire_rule rules[] = {

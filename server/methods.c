@@ -3,16 +3,13 @@
 
 #include "server/generate_request.h"
 #include "server/message.h"
+#include "server/stats.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-#ifndef CHOIR_VERSION
-#    define CHOIR_VERSION "0"
-#endif
 
 static choir_status read_request(choir_call *call, const ProtobufCMessageDescriptor *type,
                                  void *out)
@@ -226,119 +223,6 @@ static void prepare_list_models(choir_call *call)
 
 /* --- GetStats */
 
-static double ratio(uint64_t part, uint64_t whole)
-{
-    return whole > 0 ? (double)part / (double)whole : 0;
-}
-
-static void fill_experts(const choir_scheduler_stats *s, Choir__V1__ExpertStats *to)
-{
-    const choir_experts_stats *x = &s->experts;
-    uint64_t wanted = x->n_hits + x->n_late_hits + x->n_misses;
-    choir__v1__expert_stats__init(to);
-    to->io = (char *)x->io;
-    to->policy = (char *)x->policy;
-    to->experts = x->n_experts;
-    to->slots = x->n_slots;
-    to->slots_used = x->n_slots_used;
-    to->budget_bytes = x->budget_bytes;
-    to->held_bytes = x->held_bytes;
-    to->hits = x->n_hits;
-    to->late_hits = x->n_late_hits;
-    to->misses = x->n_misses;
-    to->hit_rate = ratio(x->n_hits, wanted);
-    to->reads = x->n_reads;
-    to->bytes_read = x->bytes_read;
-    to->bandwidth = ratio(x->bytes_read, x->busy_ns) * 1e9;
-    to->read_p50_ms = 1e3 * choir_experts_latency(x, 0.5);
-    to->read_p99_ms = 1e3 * choir_experts_latency(x, 0.99);
-    to->stall_ms_per_token = ratio(x->stall_ns, s->rows_total) / 1e6;
-    to->retries = x->n_retries;
-    to->damaged = x->n_damaged;
-    to->failed = x->n_failed;
-    to->prefetched = x->n_prefetched;
-    to->prefetch_used = x->n_prefetch_used;
-    to->prediction_recall = ratio(x->n_predicted_right, x->n_predicted);
-    to->prefetch_precision = ratio(x->n_prefetch_used, x->n_prefetch_used + x->n_prefetch_wasted);
-    to->prefetching = x->prefetching;
-}
-
-/* A model's heat, layer by layer; NULL: it streams none, or memory lacks. One block, for
- * choir_free(). */
-static void *fill_heat(const choir_server_model *model, Choir__V1__ExpertStats *to)
-{
-    size_t n = choir_scheduler_get_expert_heat(model->scheduler, NULL);
-    uint32_t n_layers = n > 0 ? model->config->n_layers : 0;
-    if (n == 0) return NULL;
-    size_t heads = n_layers * (sizeof(Choir__V1__LayerHeat) + sizeof(Choir__V1__LayerHeat *));
-    char *block = choir_alloc(CHOIR_MEM_SERVER, heads + n * sizeof(float));
-    if (block == NULL) return NULL;
-    Choir__V1__LayerHeat *layers = (Choir__V1__LayerHeat *)block;
-    Choir__V1__LayerHeat **list = (Choir__V1__LayerHeat **)(layers + n_layers);
-    float *heat = (float *)(list + n_layers);
-    choir_scheduler_get_expert_heat(model->scheduler, heat);
-    for (uint32_t l = 0; l < n_layers; l++) {
-        list[l] = &layers[l];
-        choir__v1__layer_heat__init(&layers[l]);
-        layers[l].layer = l;
-        layers[l].n_experts = n / n_layers;
-        layers[l].experts = heat + l * (n / n_layers);
-    }
-    to->n_heat = n_layers;
-    to->heat = list;
-    return block;
-}
-
-static void fill_stats(const choir_server_model *model, Choir__V1__ModelStats *to,
-                       Choir__V1__ExpertStats *experts)
-{
-    choir_scheduler_stats s;
-    choir_scheduler_get_stats(model->scheduler, &s);
-    choir__v1__model_stats__init(to);
-    to->late = s.n_late;
-    if (s.experts.streamed) {
-        fill_experts(&s, experts);
-        to->experts = experts;
-    }
-    to->model = (char *)model->name;
-    to->healthy = s.healthy;
-    to->running = s.n_running;
-    to->waiting = s.n_waiting;
-    to->paused = s.n_paused;
-    to->kv_pages = s.n_pages;
-    to->kv_pages_free = s.n_pages_free;
-    to->kv_pages_cached = s.n_pages_cached;
-    to->steps = s.n_steps;
-    to->prompt_tokens = s.n_prompt_tokens;
-    to->cached_tokens = s.n_cached_tokens;
-    to->output_tokens = s.n_output_tokens;
-    to->accepted = s.n_accepted;
-    to->refused = s.n_refused;
-    to->done = s.n_done;
-    to->cancelled = s.n_cancelled;
-    to->expired = s.n_expired;
-    to->failed = s.n_failed;
-    to->preempted = s.n_preempted;
-    to->last_step_ms = (double)s.last_step_ns / CHOIR_MS;
-    if (s.n_steps != 0) {
-        to->mean_step_ms = (double)s.step_ns_total / CHOIR_MS / (double)s.n_steps;
-        to->mean_batch_rows = (double)s.rows_total / (double)s.n_steps;
-    }
-}
-
-static void fill_server_stats(choir_server *s, Choir__V1__ServerStats *to)
-{
-    choir__v1__server_stats__init(to);
-    to->uptime_s = (double)(choir_clock_now() - s->started_ns) / CHOIR_SECOND;
-    to->version = (char *)CHOIR_VERSION;
-    to->open_calls = atomic_load(&s->n_open);
-    to->calls = atomic_load(&s->n_calls);
-    to->refused_calls = atomic_load(&s->n_refused);
-    to->internal_errors = atomic_load(&s->n_internal);
-    to->draining = atomic_load(&s->phase) > CHOIR_PHASE_SERVING;
-    to->resident_bytes = choir_memory_resident();
-}
-
 static void reply_stats(choir_call *call, const choir_server_model *only, bool want_heat)
 {
     choir_server *s = call->server;
@@ -348,13 +232,13 @@ static void reply_stats(choir_call *call, const choir_server_model *only, bool w
     Choir__V1__ExpertStats experts[CHOIR_SERVER_MAX_MODELS];
     void *heat[CHOIR_SERVER_MAX_MODELS] = {NULL};
     Choir__V1__MemoryUse memory[CHOIR_MEM_N_TAGS], *memory_list[CHOIR_MEM_N_TAGS];
-    fill_server_stats(s, &server);
+    choir_stats_fill_server(s, &server);
     for (uint32_t i = 0; i < s->n_models; i++) {
         if (only != NULL && only != &s->models[i]) continue;
         list[response.n_models] = &models[response.n_models];
-        fill_stats(&s->models[i], &models[response.n_models++], &experts[i]);
+        choir_stats_fill_model(&s->models[i], &models[response.n_models++], &experts[i]);
         if (want_heat && list[response.n_models - 1]->experts != NULL)
-            heat[i] = fill_heat(&s->models[i], &experts[i]);
+            heat[i] = choir_stats_fill_heat(&s->models[i], &experts[i]);
     }
     for (int i = 0; i < CHOIR_MEM_N_TAGS; i++) {
         memory_list[i] = &memory[i];

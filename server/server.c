@@ -50,17 +50,30 @@ static choir_status copy_text(choir_server *s, const char **text)
     return *text != NULL ? CHOIR_OK : choir_fail(CHOIR_E_NO_MEMORY, "no memory for the server");
 }
 
-choir_status choir_server_check_address(const char *address)
+static choir_status check_host_port(const char *address, const char *what, const char *form)
 {
-    if (strncmp(address, "unix:", 5) == 0) return CHOIR_OK;
     const char *colon = strrchr(address, ':');
     size_t digits = colon != NULL ? strspn(colon + 1, "0123456789") : 0;
     if (digits == 0 || digits > 5 || colon[1 + digits] != '\0' || colon == address)
-        return choir_fail(CHOIR_E_INVALID,
-                          "the address is '%.200s', must be HOST:PORT or unix:/path", address);
+        return choir_fail(CHOIR_E_INVALID, "the %s is '%.200s', must be %s", what, address, form);
     if (atoi(colon + 1) > 65535)
         return choir_fail(CHOIR_E_INVALID, "the port of %.200s must be 0 to 65535", address);
     return CHOIR_OK;
+}
+
+choir_status choir_server_check_address(const char *address)
+{
+    if (strncmp(address, "unix:", 5) == 0) return CHOIR_OK;
+    return check_host_port(address, "address", "HOST:PORT or unix:/path");
+}
+
+choir_status choir_server_check_http_address(const char *address)
+{
+    enum { MAX_BYTES = 255 };
+    if (strncmp(address, "unix:", 5) == 0 || strlen(address) > MAX_BYTES)
+        return choir_fail(CHOIR_E_INVALID, "the HTTP address is '%.200s', must be HOST:PORT",
+                          address);
+    return check_host_port(address, "HTTP address", "HOST:PORT");
 }
 
 static choir_status check_options(const choir_server_options *o, uint32_t n_models)
@@ -72,6 +85,10 @@ static choir_status check_options(const choir_server_options *o, uint32_t n_mode
         return choir_fail(CHOIR_E_INVALID, "a server listens on 1 to %d addresses, not %u",
                           CHOIR_SERVER_MAX_LISTEN, o->n_listen);
     for (uint32_t i = 0; i < o->n_listen; i++) CHOIR_TRY(choir_server_check_address(o->listen[i]));
+    if (o->http != NULL) CHOIR_TRY(choir_server_check_http_address(o->http));
+    if (o->http_max_connections < 2 || o->http_max_connections > 65536)
+        return choir_fail(CHOIR_E_INVALID, "http_max_connections is %u; it is 2 to 65536",
+                          o->http_max_connections);
     if (o->max_message_bytes < 1024 || o->max_message_bytes > 1u << 30)
         return choir_fail(CHOIR_E_INVALID, "max_message_bytes is %u; it is 1 KiB to 1 GiB",
                           o->max_message_bytes);
@@ -81,6 +98,17 @@ static choir_status check_options(const choir_server_options *o, uint32_t n_mode
         return choir_fail(CHOIR_E_INVALID, "TLS wants both a certificate and a key");
     for (uint32_t i = 0; i < o->n_api_keys; i++)
         if (o->api_keys[i][0] == '\0') return choir_fail(CHOIR_E_INVALID, "an API key is empty");
+    return CHOIR_OK;
+}
+
+/* The second would never be found, and in /metrics one could not tell them apart. */
+static choir_status check_names(const choir_server_model *models, uint32_t n_models)
+{
+    for (uint32_t i = 0; i < n_models; i++)
+        for (uint32_t k = 0; k < i; k++)
+            if (strcmp(models[i].name, models[k].name) == 0)
+                return choir_fail(CHOIR_E_INVALID, "two models have the name \"%.200s\"",
+                                  models[i].name);
     return CHOIR_OK;
 }
 
@@ -95,6 +123,7 @@ static choir_status copy_inputs(choir_server *s, const choir_server_options *opt
     CHOIR_TRY(copy_list(s, &s->options.api_keys, options->n_api_keys));
     CHOIR_TRY(copy_text(s, &s->options.tls_certificate));
     CHOIR_TRY(copy_text(s, &s->options.tls_key));
+    CHOIR_TRY(copy_text(s, &s->options.http));
     for (uint32_t i = 0; i < n_models; i++) {
         CHOIR_TRY(copy_text(s, &s->models[i].name));
         CHOIR_TRY(copy_list(s, &s->models[i].aliases, models[i].n_aliases));
@@ -126,6 +155,7 @@ choir_status choir_server_create(const choir_server_options *options,
                                  choir_server **out)
 {
     CHOIR_TRY(check_options(options, n_models));
+    CHOIR_TRY(check_names(models, n_models));
     choir_server *s = choir_calloc(CHOIR_MEM_SERVER, 1, sizeof *s);
     if (s == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the server");
     pthread_mutex_init(&s->calls_lock, NULL);
@@ -297,6 +327,8 @@ static choir_status start_threads(choir_server *s)
         CHOIR_TRY(
             choir_thread_start(&s->parsers[s->n_parsers_started], "choir-parse", run_parser, s));
     for (int i = 0; i < SLOTS; i++) CHOIR_TRY(choir_call_await(s));
+    atomic_store(&s->makes_progress, true);
+    atomic_store(&s->looked_ns, choir_clock_now());
     atomic_store(&s->phase, CHOIR_PHASE_SERVING);
     CHOIR_TRY(choir_thread_start(&s->watch_thread, "choir-watch", choir_watch_run, s));
     s->watch_started = true;
@@ -320,12 +352,18 @@ choir_status choir_server_start(choir_server *s)
     grpc_server_credentials_release(credentials);
     CHOIR_TRY(status);
     grpc_server_start(s->grpc);
-    return start_threads(s);
+    CHOIR_TRY(start_threads(s));
+    return s->options.http != NULL ? choir_http_start(s, &s->http) : CHOIR_OK;
 }
 
 const char *choir_server_address(const choir_server *s, uint32_t i)
 {
     return s->addresses[i];
+}
+
+const char *choir_server_http_address(const choir_server *s)
+{
+    return s->http != NULL ? choir_http_address(s->http) : NULL;
 }
 
 /* --- the way down */
@@ -424,6 +462,7 @@ void choir_server_destroy(choir_server *s)
 {
     if (s == NULL) return;
     shut_down(s);
+    choir_http_stop(s->http); /* last, so that it tells of the way down */
     release_grpc(s);
     choir_queue_destroy(s->parse_queue);
     choir_queue_destroy(s->wake_queue);

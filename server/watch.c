@@ -102,6 +102,8 @@ static void probe(watch *w)
     }
     choir_health_update(s, healthy);
     uint64_t now = choir_clock_now();
+    atomic_store(&s->makes_progress, all);
+    atomic_store(&s->looked_ns, now);
     if (all || w->unhealthy_since_ns == 0) w->unhealthy_since_ns = all ? 0 : now;
     uint64_t limit = s->options.watchdog_exit_ms * CHOIR_MS;
     if (all || limit == 0 || now - w->unhealthy_since_ns < limit) return;

@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 import unittest
+import urllib.error
+import urllib.request
 
 import tiny_model
 
@@ -322,11 +324,12 @@ class Usage(Case):
         self.fails(2, "--file FILE is missing", "perplexity", self.dense)
         self.fails(2, "either", "info")
         self.fails(2, "go together", "serve", self.dense, "--tls-cert", "x")
+        for address in ("8000", ":8000", "unix:/tmp/x", "127.0.0.1:65536", "127.0.0.1:http"):
+            self.fails(2, "must be (HOST:PORT$|0 to 65535)", "serve", self.dense, "--http", address)
 
     def test_later_verbs_say_so(self):
         for verb in LATER:
             self.fails(1, f"'{verb}' is not there yet", verb, "x", "--y")
-        self.fails(1, "--http is not there yet", "serve", self.dense, "--http", "127.0.0.1:8000")
         self.fails(1, "--adapter is not there yet", "generate", self.dense, "-p", "x", "--adapter", "y")
 
     def test_missing_files(self):
@@ -692,10 +695,35 @@ class Serve(Serving):
         self.assertEqual(server.wait(60), 0)
         self.fails(1, "[Cc]onnect|answers", "generate", "moe", *words, *key)
 
+    def check_metrics(self, url, streamed):
+        """What the real store tells Prometheus is what it told over gRPC."""
+        with self.assertRaises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(url + "/metrics", timeout=10)
+        self.assertEqual(refused.exception.code, 401)
+        refused.exception.close()
+        asked = urllib.request.Request(url + "/metrics?experts=1", headers={"Authorization": "Bearer secret-1"})
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            lines = [l for l in answer.read().decode().splitlines() if not l.startswith("#")]
+        found = {name: float(value) for name, value in (l.rsplit(" ", 1) for l in lines)}
+        of = '{model="streamed"}'
+        self.assertEqual(found["choir_expert_read_bytes_total" + of], streamed["bytes_read"])
+        self.assertEqual(found["choir_experts" + of], streamed["experts"])
+        self.assertEqual(found["choir_expert_held_bytes" + of], streamed["held_bytes"])
+        loads = found["choir_expert_read_latency_seconds_count" + of]
+        self.assertGreater(loads, 0)
+        self.assertGreater(found["choir_expert_read_latency_seconds_sum" + of], 0)
+        self.assertEqual(found['choir_expert_read_latency_seconds_bucket{model="streamed",le="+Inf"}'], loads)
+        wanted = sum(found[f"choir_expert_{kind}_total{of}"] for kind in ("hits", "late_hits", "misses"))
+        self.assertAlmostEqual(found["choir_expert_hits_total" + of] / wanted, streamed["hit_rate"], places=6)
+        heat = [v for k, v in found.items() if k.startswith("choir_expert_heat{")]
+        self.assertEqual(len(heat), streamed["experts"])
+        self.assertGreater(max(heat), 0)
+
     def test_streamed_experts(self):
         pack = self.folder / "streamed.choir"
         self.ok("pack", self.moe, "-o", pack)
-        server = self.start(pack, "--api-key", "secret-1", "--expert-memory", "64KiB", "--expert-io", "pread")
+        server = self.start(pack, "--api-key", "secret-1", "--expert-memory", "64KiB", "--expert-io", "pread",
+                            "--http", "127.0.0.1:0")
         self.assertIn("streamed by pread", self.said())
         key = ["--server", self.address, "--api-key", "secret-1"]
         words = ["-p", "hello", "-n", 8, "--temperature", 0, "--json"]
@@ -705,6 +733,7 @@ class Serve(Serving):
         streamed = json.loads(self.ok("info", "--json", *key))["models"][0]["streamed"]
         self.assertEqual((streamed["io"], streamed["experts"]), ("pread", 8))
         self.assertGreater(streamed["bytes_read"], 0)
+        self.check_metrics(re.search("health on (http://.*)", self.said())[1], streamed)
         self.assertIn("experts are streamed by pread", self.ok("info", *key))
         server.send_signal(signal.SIGTERM)
         self.assertEqual(server.wait(60), 0)

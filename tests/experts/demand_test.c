@@ -38,6 +38,10 @@ static void test_each_is_read_once(void **state)
     assert_true(s.bytes_read >= N * 3000 && s.busy_ns > 0 && s.stall_ns > 0);
     assert_true(choir_experts_latency(&s, 0.5) > 0);
     assert_true(choir_experts_latency(&s, 0.99) < 2e-3);
+    uint64_t n_timed = 0;
+    for (int i = 0; i < CHOIR_LATENCY_BUCKETS; i++) n_timed += s.latency[i];
+    assert_int_equal(n_timed, N);
+    assert_true(s.latency_ns > 0 && s.latency_ns < 2 * N * CHOIR_MS);
     fake_store_destroy(&f);
 }
 

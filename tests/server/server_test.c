@@ -2,12 +2,17 @@
 #include "server/client.h"
 #include "tests/server/simulated_model.h"
 
+#include <arpa/inet.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-// cmocka wants the four headers above first
+#include <sys/socket.h>
+#include <unistd.h>
+// cmocka wants setjmp.h and stdarg.h first
 #include <cmocka.h>
 
 static simulated_model model;
@@ -21,6 +26,7 @@ static choir_server_options options_of(void)
     choir_server_options o = CHOIR_SERVER_OPTIONS_DEFAULT;
     o.listen = listen;
     o.n_listen = 1;
+    o.http = "127.0.0.1:0";
     o.drain_pause_ms = 1;
     return o;
 }
@@ -139,6 +145,89 @@ static void can_be_stopped(void **state)
     choir_client_destroy(client);
 }
 
+/* The answer of one GET on a connection of its own; "" if nobody listens. */
+static void get(const char *address, const char *path, char *out, size_t room)
+{
+    struct sockaddr_in to = {.sin_family = AF_INET,
+                             .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+                             .sin_port = htons((uint16_t)atoi(strrchr(address, ':') + 1))};
+    char request[256];
+    size_t n = 0;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int bytes = snprintf(request, sizeof request, "GET %s HTTP/1.0\r\n\r\n", path);
+    out[0] = '\0';
+    if (connect(fd, (struct sockaddr *)&to, sizeof to) == 0 &&
+        write(fd, request, (size_t)bytes) == bytes) {
+        for (ssize_t got; n + 1 < room && (got = read(fd, out + n, room - 1 - n)) > 0;)
+            n += (size_t)got;
+        out[n] = '\0';
+    }
+    close(fd);
+}
+
+typedef struct scraper { /* cmocka's asserts are for the main thread alone */
+    atomic_bool stop;
+    uint32_t n_scrapes, n_bad;
+} scraper;
+
+static void *scrape(void *arg)
+{
+    static const char done[] = "\nchoir_requests_done_total{model=\"simulated\"} ";
+    static char text[32 << 10];
+    scraper *w = arg;
+    uint64_t before = 0;
+    for (; !atomic_load(&w->stop); w->n_scrapes++) {
+        get(choir_server_http_address(server), "/metrics?experts=1", text, sizeof text);
+        const char *at = strstr(text, done);
+        uint64_t now = at != NULL ? strtoull(at + strlen(done), NULL, 10) : 0;
+        w->n_bad += at == NULL || now < before;
+        before = now;
+        get(choir_server_http_address(server), "/readyz", text, sizeof text);
+        w->n_bad += strstr(text, "\r\n\r\nready\n") == NULL;
+        usleep(20000); /* two connections a round, and an address has 200 a second */
+    }
+    return NULL;
+}
+
+static void is_watched_while_it_answers(void **state)
+{
+    (void)state;
+    choir_client *client = connect_to(choir_server_address(server, 0), 10000);
+    pthread_t thread;
+    scraper w = {0};
+    assert_int_equal(pthread_create(&thread, NULL, scrape, &w), 0);
+    for (int i = 0; i < 5; i++) {
+        seen s = {0};
+        assert_int_equal(ask(client, "<|slow|>", 4, &s), CHOIR_OK);
+    }
+    atomic_store(&w.stop, true);
+    pthread_join(thread, NULL);
+    assert_true(w.n_scrapes > 5);
+    assert_int_equal(w.n_bad, 0);
+    choir_client_destroy(client);
+}
+
+/* Starting fails at each of its own allocations once, with a sentence and without a leak. */
+static void start_survives_failing_memory(void **state)
+{
+    (void)state;
+    choir_server_options o = options_of();
+    choir_server_model served = simulated_model_served(&model, scheduler);
+    choir_status status = CHOIR_E_NO_MEMORY;
+    uint32_t n_failed = 0;
+    for (uint64_t i = 1; status != CHOIR_OK; i++) {
+        choir_server *s = NULL;
+        assert_int_equal(choir_server_create(&o, &served, 1, &s), CHOIR_OK);
+        choir_memory_fail_at(i);
+        status = choir_server_start(s);
+        choir_memory_fail_at(0);
+        assert_true(status == CHOIR_OK || status == CHOIR_E_NO_MEMORY);
+        n_failed += status != CHOIR_OK;
+        choir_server_destroy(s);
+    }
+    assert_true(n_failed > 2);
+}
+
 static void create_survives_failing_memory(void **state)
 {
     (void)state;
@@ -193,6 +282,19 @@ static void refuses_bad_options(void **state)
     assert_int_not_equal(choir_server_start(s), CHOIR_OK);
     choir_server_destroy(s);
     o = options_of();
+    o.http = "unix:/x";
+    assert_int_equal(choir_server_create(&o, &served, 1, &s), CHOIR_E_INVALID);
+    o.http = choir_server_http_address(server); /* taken */
+    assert_int_equal(choir_server_create(&o, &served, 1, &s), CHOIR_OK);
+    assert_int_equal(choir_server_start(s), CHOIR_E_IO);
+    choir_server_destroy(s);
+    o = options_of();
+    o.http_max_connections = 1;
+    assert_int_equal(choir_server_create(&o, &served, 1, &s), CHOIR_E_INVALID);
+    const choir_server_model twice[] = {served, served};
+    o = options_of();
+    assert_int_equal(choir_server_create(&o, twice, 2, &s), CHOIR_E_INVALID);
+    assert_non_null(strstr(choir_error_message(), "simulated"));
     o.listen = nowhere;
     assert_int_equal(choir_server_create(&o, &served, 1, &s), CHOIR_OK);
     assert_int_equal(choir_server_start(s), CHOIR_E_IO);
@@ -208,8 +310,16 @@ static void refuses_bad_addresses(void **state)
         "host:-1", "host:65536", "127.0.0.1:99999", "host:000001", "host: 1"};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++)
         assert_int_equal(choir_server_check_address(good[i]), CHOIR_OK);
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         assert_int_equal(choir_server_check_address(bad[i]), CHOIR_E_INVALID);
+        assert_int_equal(choir_server_check_http_address(bad[i]), CHOIR_E_INVALID);
+    }
+    char long_name[300];
+    memset(long_name, 'a', sizeof long_name);
+    memcpy(long_name + sizeof long_name - 3, ":1", 3);
+    assert_int_equal(choir_server_check_http_address("[::1]:0"), CHOIR_OK);
+    assert_int_equal(choir_server_check_http_address("unix:/x"), CHOIR_E_INVALID);
+    assert_int_equal(choir_server_check_http_address(long_name), CHOIR_E_INVALID);
 }
 
 static void starts_and_stops_many_times(void **state)
@@ -224,8 +334,14 @@ static void starts_and_stops_many_times(void **state)
         choir_client *client = connect_to(choir_server_address(s, 0), 5000);
         seen got = {0};
         assert_int_equal(ask(client, "<|short|>", 10, &got), CHOIR_OK);
+        char address[64], text[512];
+        snprintf(address, sizeof address, "%s", choir_server_http_address(s));
+        get(address, "/healthz", text, sizeof text);
+        assert_non_null(strstr(text, "\r\n\r\nok\n"));
         if (i % 2 == 0) choir_server_stop(s);
         choir_server_destroy(s);
+        get(address, "/healthz", text, sizeof text);
+        assert_string_equal(text, "");
         choir_client_destroy(client);
     }
 }
@@ -236,7 +352,9 @@ int main(void)
         cmocka_unit_test(answers),
         cmocka_unit_test(tells_the_servers_sentence),
         cmocka_unit_test(can_be_stopped),
+        cmocka_unit_test(is_watched_while_it_answers),
         cmocka_unit_test(create_survives_failing_memory),
+        cmocka_unit_test(start_survives_failing_memory),
         cmocka_unit_test(calls_survive_failing_memory),
         cmocka_unit_test(refuses_bad_options),
         cmocka_unit_test(refuses_bad_addresses),

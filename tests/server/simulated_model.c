@@ -68,6 +68,7 @@ static choir_status step(void *engine, choir_span *spans, uint32_t n_spans)
 {
     simulated_model *s = engine;
     uint32_t wait_ms = s->step_ms;
+    s->n_steps++;
     for (uint32_t i = 0; i < n_spans; i++) {
         choir_span *span = &spans[i];
         uint32_t key = span->pages[0] % MAX_PAGES;
@@ -177,6 +178,54 @@ void simulated_model_close(simulated_model *m)
     m->chat_template = NULL;
     m->tokenizer = NULL;
     m->pages = NULL;
+}
+
+static choir_experts_stats expert_stats(void *engine)
+{
+    uint64_t n = ((simulated_model *)engine)->n_steps;
+    choir_experts_stats x = {.streamed = true,
+                             .io = "pread",
+                             .policy = "router",
+                             .n_experts = 4,
+                             .n_slots = 3,
+                             .n_slots_used = 2,
+                             .budget_bytes = 5000000000,
+                             .held_bytes = 4000000000,
+                             .n_hits = 101 + n,
+                             .n_late_hits = 102 + n,
+                             .n_misses = 103 + n,
+                             .n_prefetched = 104 + n,
+                             .n_prefetch_used = 105 + n,
+                             .n_prefetch_wasted = 106 + n,
+                             .n_predicted = 107 + n,
+                             .n_predicted_right = 108 + n,
+                             .prefetching = true,
+                             .n_reads = 109 + n,
+                             .bytes_read = 6000000000 + n,
+                             .n_retries = 110 + n,
+                             .n_damaged = 111 + n,
+                             .n_failed = 112 + n,
+                             .n_late = 113 + n,
+                             .stall_ns = 1500000000 + n,
+                             .busy_ns = 2500000000 + n,
+                             .latency_ns = 3500000000 + n};
+    x.latency[0] = 1;                         /* below what /metrics tells apart */
+    x.latency[10] = 20 + n;                   /* 128 to 256 us */
+    x.latency[CHOIR_LATENCY_BUCKETS - 1] = 3; /* above it */
+    return x;
+}
+
+static float expert_heat(void *engine, uint32_t layer, uint32_t expert)
+{
+    (void)engine;
+    return 0.5f + (float)(layer * 2 + expert);
+}
+
+void simulated_model_stream_experts(simulated_model *m, uint32_t n_in_layer)
+{
+    m->engine.expert_stats = expert_stats;
+    m->engine.expert_heat = expert_heat;
+    m->engine.n_experts = n_in_layer;
 }
 
 choir_server_model simulated_model_served(simulated_model *m, choir_scheduler *scheduler)

@@ -14,11 +14,15 @@ typedef struct simulated_model {
     choir_step_engine engine;
     uint32_t step_ms, stall_ms; /* may be set after open */
     bool stalled;
+    uint64_t n_steps;
     struct simulated_pages *pages;
 } simulated_model;
 
 choir_status simulated_model_open(simulated_model *model, const char *tokenizer,
                                   uint32_t n_pages) CHOIR_MUST_USE;
 void simulated_model_close(simulated_model *model);
+/* From now on it says that it streams its experts; every number of theirs differs from the others, and
+ * grows with each step. Before a scheduler is made. */
+void simulated_model_stream_experts(simulated_model *model, uint32_t n_in_layer);
 /* As the server wants it; lent until close. */
 choir_server_model simulated_model_served(simulated_model *model, choir_scheduler *scheduler);

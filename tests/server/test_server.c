@@ -9,7 +9,8 @@
 
 typedef struct arguments {
     const char *listen[2], *tokenizer, *keys[1], *certificate, *key;
-    uint32_t n_listen, n_pages, step_ms, stall_ms;
+    const char *name; /* NULL: the model's own */
+    uint32_t n_listen, n_pages, step_ms, stall_ms, n_streamed;
     choir_server_options server;
     choir_scheduler_options scheduler;
 } arguments;
@@ -29,6 +30,9 @@ static void parse(int argc, char **argv, arguments *a)
         {"slow-reader-ms", 1, NULL, 'r'}, {"stalled-after-ms", 1, NULL, 'h'},
         {"watchdog-exit-ms", 1, NULL, 'w'}, {"pause-ms", 1, NULL, 'P'},
         {"shutdown-ms", 1, NULL, 'd'}, {"stuck-ms", 1, NULL, 'u'}, {"max-calls", 1, NULL, 'c'},
+        {"http", 1, NULL, 'H'},        {"http-connections", 1, NULL, 'x'},
+        {"http-request-ms", 1, NULL, 'R'}, {"http-idle-ms", 1, NULL, 'I'},
+        {"name", 1, NULL, 'N'},        {"stream-experts", 1, NULL, 'E'},
         {"tls-cert", 1, NULL, 'C'}, {"tls-key", 1, NULL, 'K'}, {0}};
     // clang-format on
     for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
@@ -82,6 +86,24 @@ static void parse(int argc, char **argv, arguments *a)
         case 'c':
             a->server.max_calls = number(optarg);
             break;
+        case 'H':
+            a->server.http = optarg;
+            break;
+        case 'x':
+            a->server.http_max_connections = number(optarg);
+            break;
+        case 'R':
+            a->server.http_request_ms = number(optarg);
+            break;
+        case 'I':
+            a->server.http_idle_ms = number(optarg);
+            break;
+        case 'N':
+            a->name = optarg;
+            break;
+        case 'E':
+            a->n_streamed = number(optarg);
+            break;
         case 'C':
             a->certificate = optarg;
             break;
@@ -101,12 +123,14 @@ static choir_status serve(const arguments *a, simulated_model *m)
     choir_status status = choir_scheduler_create(&m->engine, &a->scheduler, &scheduler);
     if (status == CHOIR_OK) {
         choir_server_model model = simulated_model_served(m, scheduler);
+        if (a->name != NULL) model.name = a->name;
         status = choir_server_create(&a->server, &model, 1, &server);
     }
     if (status == CHOIR_OK) status = choir_server_start(server);
     if (status == CHOIR_OK) {
         for (uint32_t i = 0; i < a->server.n_listen; i++)
             printf("listening on %s\n", choir_server_address(server, i));
+        if (a->server.http != NULL) printf("http on %s\n", choir_server_http_address(server));
         fflush(stdout);
         choir_server_run_until_signal(server);
     }
@@ -146,6 +170,7 @@ int main(int argc, char **argv)
     a.server.tls_certificate = certificate;
     a.server.tls_key = key;
     if (status == CHOIR_OK) status = simulated_model_open(&model, a.tokenizer, a.n_pages);
+    if (a.n_streamed > 0) simulated_model_stream_experts(&model, a.n_streamed);
     model.step_ms = a.step_ms;
     model.stall_ms = a.stall_ms;
     if (status == CHOIR_OK) status = serve(&a, &model);

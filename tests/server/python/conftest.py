@@ -2,8 +2,9 @@
 
 The target is the simulated test server unless --server-command names another one, for example
     pytest tests/server/python --server-command "build/choir serve MODEL.gguf"
-which is started with `--listen 127.0.0.1:PORT` behind it. Tests marked `simulated` are skipped then.
+which is started with `--listen 127.0.0.1:PORT --http 127.0.0.1:PORT` behind it. Tests marked `simulated` are skipped then.
 """
+import http.client
 import importlib
 import os
 import pathlib
@@ -79,12 +80,14 @@ class Server:
             command = str(pathlib.Path(config.getoption("--build")) / "tests/server/test_server")
         self.port = free_port()
         self.target = f"127.0.0.1:{self.port}"
+        self.http_port = free_port()
 
         def limit():
             resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
 
         self.process = subprocess.Popen(
-            [*shlex.split(command), "--listen", self.target, *args], cwd=ROOT,
+            [*shlex.split(command), "--listen", self.target, "--http", f"127.0.0.1:{self.http_port}", *args],
+            cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, **(environment or {})}, preexec_fn=limit if max_files else None)
         self.channels = []
@@ -99,6 +102,16 @@ class Server:
     def health(self, service="", channel=None):
         stub = health_pb2_grpc.HealthStub(channel or self.channel())
         return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status
+
+    def http(self, path, method="GET", headers=None, body=None):
+        """(status, headers, text) of one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=10)
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read().decode()
+        finally:
+            connection.close()
 
     def wait_serving(self, seconds=60):
         end = time.monotonic() + seconds
