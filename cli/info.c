@@ -113,6 +113,11 @@ static void print_experts(const Choir__V1__ExpertStats *x)
     printf("    reading ahead is %s: foreseen %.0f %%, used %.0f %% of %llu\n",
            x->prefetching ? "on" : "off, it does not pay", 100 * x->prediction_recall,
            100 * x->prefetch_precision, (unsigned long long)x->prefetched);
+    printf("    steps of up to %u tokens; ", x->step_tokens);
+    if (x->groups > 1)
+        printf("sequences take turns in %u groups that share their reads\n", x->groups);
+    else
+        printf("all sequences run together\n");
     if (x->retries + x->damaged + x->failed > 0)
         printf("    the disk failed: %llu reads tried again, %llu damaged, %llu experts given up\n",
                (unsigned long long)x->retries, (unsigned long long)x->damaged,
@@ -122,13 +127,14 @@ static void print_experts(const Choir__V1__ExpertStats *x)
 
 static json_t *experts_json(const Choir__V1__ExpertStats *x)
 {
-    return json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:f, s:I, s:f, s:f, s:f, s:f, s:b}", "io",
+    return json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:f, s:I, s:f, s:f, s:f, s:f, s:b, s:I, s:I}", "io",
                      x->io, "policy", x->policy, "experts", (json_int_t)x->experts, "slots",
                      (json_int_t)x->slots, "slots_used", (json_int_t)x->slots_used, "held_bytes",
                      (json_int_t)x->held_bytes, "hit_rate", x->hit_rate, "bytes_read",
                      (json_int_t)x->bytes_read, "bandwidth", x->bandwidth, "read_p50_ms",
                      x->read_p50_ms, "read_p99_ms", x->read_p99_ms, "stall_ms_per_token",
-                     x->stall_ms_per_token, "prefetching", (int)x->prefetching);
+                     x->stall_ms_per_token, "prefetching", (int)x->prefetching, "groups",
+                     (json_int_t)x->groups, "step_tokens", (json_int_t)x->step_tokens);
 }
 
 static const Choir__V1__ExpertStats *experts_of(const Choir__V1__GetStatsResponse *stats,

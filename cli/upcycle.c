@@ -129,7 +129,8 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     if (strcmp(v->gate_init, "hidden") != 0 && strcmp(v->gate_init, "uniform") != 0)
         return choir_fail(CHOIR_E_INVALID, "--gate-init is '%.20s', must be hidden or uniform",
                           v->gate_init);
-    if (!choir_cli_parse_dtype(v->quant, &dtype))
+    if (!choir_cli_parse_dtype(v->quant, &dtype) ||
+        (dtype != CHOIR_N_DTYPES && !choir_dtype_in_gguf(dtype)))
         return choir_fail(CHOIR_E_INVALID,
                           "--quant is '%.20s', must be q8_0, q4_1, f16, bf16 or f32", v->quant);
     return CHOIR_OK;

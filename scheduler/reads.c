@@ -32,6 +32,8 @@ choir_status reads_create(choir_scheduler *s)
     g->n_pairs = (size_t)s->engine.n_layers * s->engine.n_experts;
     g->step_tokens = s->options.max_step_tokens;
     g->until_review = REVIEW;
+    s->stats.n_read_groups = 1;
+    s->stats.step_tokens = g->step_tokens;
     if (s->engine.expert_stats == NULL || s->engine.n_experts_used == 0) return CHOIR_OK;
     g->absent = choir_alloc(CHOIR_MEM_REQUESTS, 2 * g->n_pairs * sizeof *g->absent);
     if (g->absent == NULL)

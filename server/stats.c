@@ -53,8 +53,9 @@ static const choir_number model_numbers[] = {
 };
 const choir_numbers choir_model_numbers = {model_numbers, sizeof model_numbers / sizeof *model_numbers};
 
-#define EXPERT(from, to, ...) \
-    {MEMBER(choir_scheduler_stats, experts.from), MEMBER(Choir__V1__ExpertStats, to), __VA_ARGS__}
+#define STREAMED(from, to, ...) \
+    {MEMBER(choir_scheduler_stats, from), MEMBER(Choir__V1__ExpertStats, to), __VA_ARGS__}
+#define EXPERT(from, to, ...) STREAMED(experts.from, to, __VA_ARGS__)
 #define EXPERT_OWN(from, ...) OWN(experts.from, __VA_ARGS__)
 static const choir_number expert_numbers[] = {
     EXPERT(n_experts, experts, GAUGE, "choir_experts", "Experts of all layers."),
@@ -88,6 +89,10 @@ static const choir_number expert_numbers[] = {
                "Of those, the ones that the prediction named."),
     EXPERT(prefetching, prefetching, GAUGE, "choir_expert_prefetching",
            "1 while experts are read ahead: it pays at the moment."),
+    STREAMED(n_read_groups, groups, GAUGE, "choir_expert_groups",
+             "Groups of sequences that take turns to share reads; 1: all run together."),
+    STREAMED(step_tokens, step_tokens, GAUGE, "choir_expert_step_tokens",
+             "Rows that a step may have; it grows while steps wait for reads."),
 };
 const choir_numbers choir_expert_numbers = {expert_numbers, sizeof expert_numbers / sizeof *expert_numbers};
 

@@ -30,6 +30,7 @@ EXPERT_FIELDS = {
     "bytes_read": "expert_read_bytes_total", "retries": "expert_read_retries_total",
     "damaged": "expert_damaged_total", "failed": "expert_failed_total", "prefetched": "expert_prefetched_total",
     "prefetch_used": "expert_prefetch_used_total", "prefetching": "expert_prefetching",
+    "groups": "expert_groups", "step_tokens": "expert_step_tokens",
 }
 # What the simulated model says besides, before its first step; it grows by one a step.
 EXPERT_OTHERS = {"expert_late_total": 113, "expert_prefetch_wasted_total": 106, "expert_predicted_total": 107,
