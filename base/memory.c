@@ -90,11 +90,11 @@ void choir_free(void *p)
     free(h);
 }
 
-enum { SMALL_PAGE = 4096, HUGE_PAGE = 2 << 20 };
+enum { HUGE_PAGE = 2 << 20 };
 
 static size_t page_for(size_t bytes)
 {
-    return bytes < HUGE_PAGE ? SMALL_PAGE : HUGE_PAGE;
+    return bytes < HUGE_PAGE ? (size_t)sysconf(_SC_PAGESIZE) : HUGE_PAGE;
 }
 
 size_t choir_pages_bytes(size_t bytes)

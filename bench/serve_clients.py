@@ -30,7 +30,7 @@ def prompts(n, n_bytes):
 
 
 class Choir:
-    def __init__(self, a, port):
+    def __init__(self, a, port, *options):
         import grpc
         from grpc_tools import protoc
         out = tempfile.mkdtemp()
@@ -42,21 +42,29 @@ class Choir:
         self.target = f"127.0.0.1:{port}"
         self.process = subprocess.Popen(
             [a.choir, "serve", a.model, "--listen", self.target, "--threads", str(a.threads),
-             "--max-num-seqs", str(a.clients)], stdout=subprocess.DEVNULL,
+             "--max-num-seqs", str(a.clients), *options], stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL)
         with grpc.insecure_channel(self.target) as channel:
             grpc.channel_ready_future(channel).result(timeout=60)
 
-    def stream(self, prompt, n_tokens):
-        """Yields at every token."""
+    def stats(self):
+        with self.grpc.insecure_channel(self.target) as channel:
+            return self.stubs.ChoirStub(channel).GetStats(self.pb.GetStatsRequest()).models[0]
+
+    def tokens(self, prompt, n_tokens):
+        """Yields every token's id."""
         pb = self.pb
         with self.grpc.insecure_channel(
                 self.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             request = pb.GenerateRequest(prompt=prompt, sampling=pb.Sampling(
                 temperature=0, max_tokens=n_tokens, ignore_eos=True))
             for event in self.stubs.ChoirStub(channel).Generate(request):
-                for _ in event.delta.token_ids:
-                    yield
+                yield from event.delta.token_ids
+
+    def stream(self, prompt, n_tokens):
+        """Yields at every token."""
+        for _ in self.tokens(prompt, n_tokens):
+            yield
 
 
 class Llama:

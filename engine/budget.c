@@ -43,16 +43,17 @@ static uint64_t few_experts(const choir_engine *e, const choir_model_file *file,
     return mean * (choir_model_file_pack(file) != NULL ? 4 : 8);
 }
 
-/* Rows of a step, doubled while its scratch stays small beside the budget. Returns the scratch's bytes. */
-static uint64_t grow_steps(choir_engine *e, uint64_t scratch)
+/* Rows of a step, doubled while what its scratch grows by stays small beside what is left for KV
+ * pages and experts. Returns the scratch's bytes. */
+static uint64_t grow_steps(choir_engine *e, uint64_t scratch, uint64_t rest)
 {
+    uint64_t first = scratch;
     while (e->options.max_rows < e->options.max_rows_streamed) {
         uint32_t before = e->options.max_rows;
-        e->options.max_rows = before > e->options.max_rows_streamed / 2
-                                  ? e->options.max_rows_streamed
-                                  : 2 * before;
+        e->options.max_rows =
+            before > e->options.max_rows_streamed / 2 ? e->options.max_rows_streamed : 2 * before;
         uint64_t grown = choir_step_bytes(e);
-        if (grown > e->options.memory_bytes / 8) {
+        if (grown - first > rest / 8) {
             e->options.max_rows = before;
             break;
         }
@@ -90,8 +91,8 @@ choir_status choir_budget_plan(choir_engine *e, const choir_model_file *file)
         return CHOIR_OK;
     }
     /* Streamed. Floors: KV pages and experts each keep an eighth of what they share. */
-    uint64_t grown = grow_steps(e, scratch);
-    rest = rest > grown - scratch ? rest - (grown - scratch) : 0;
+    uint64_t grown = grow_steps(e, scratch, rest);
+    rest -= grown - scratch;
     scratch = grown;
     uint64_t kv_floor = rest / 8 > least_kv ? rest / 8 : least_kv;
     if (kv_floor > wanted) kv_floor = wanted;

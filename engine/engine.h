@@ -29,7 +29,7 @@ typedef struct choir_engine_options {
     uint64_t kv_bytes;      /* memory for KV pages (with a budget: at most); 0: enough for max_rows tokens */
     uint32_t max_rows;      /* rows (tokens) of one step, at most */
     uint32_t max_rows_streamed; /* under a budget that streams experts max_rows grows up to this, as far as an
-                             * eighth of the budget holds a step's scratch; 0: it does not. A step reads nearly
+                             * eighth of what KV pages and experts share holds the scratch; 0: it does not. A step reads nearly
                              * all experts once, however many rows of a prompt it has */
     uint32_t max_spans;     /* sequences of one step, at most */
     uint32_t max_context;   /* tokens of the longest sequence to come; 0: the model's own. Longrope's long

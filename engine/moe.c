@@ -32,6 +32,22 @@ static void record_routes(choir_engine *e, uint32_t l, size_t i)
     memcpy(span->routes->weights + at, s->plan->weights + i * k, k * sizeof(float));
 }
 
+/* Dense layers have no routes: zeros. */
+static void clear_routes(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    uint32_t k = e->config.n_experts_used;
+    uint64_t begin, end;
+    choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
+    for (uint64_t i = begin; i < end; i++) {
+        const choir_span *span = &s->spans[s->rows[i].span];
+        if (span->routes == NULL) continue;
+        size_t at = ((size_t)l * span->n_tokens + (i - s->first_row[s->rows[i].span])) * k;
+        memset(span->routes->experts + at, 0, k * sizeof(uint16_t));
+        memset(span->routes->weights + at, 0, k * sizeof(float));
+    }
+}
+
 static float dot(const float *a, const float *b, uint32_t n)
 {
     float sum = 0;
@@ -98,7 +114,6 @@ static choir_expert_use use_of(const step *s, uint32_t expert)
     }
     return use;
 }
-
 
 /* One worker: what was found right makes the next wave. */
 static void admit_arrived(choir_engine *e, uint32_t l)
@@ -170,8 +185,8 @@ static void give_up_missing(choir_engine *e, uint32_t l)
     }
 }
 
-/* One worker: the next experts to be checked, or none. One for each worker, so that their parts are shared
- * out evenly, and what a check has read is still in a cache when it is multiplied. */
+/* One worker: the next experts to be checked, or none. One for each worker, so that their parts are
+ * shared out evenly, and what a check has read is still in a cache when it is multiplied. */
 static void await_experts(choir_engine *e, uint32_t l)
 {
     step *s = &e->step;
@@ -431,6 +446,7 @@ static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_w
 {
     step *s = &e->step;
     const layer *w = &e->layers[l];
+    clear_routes(e, l, worker, n_workers);
     choir_workers_sync(e->workers);
 
     const choir_acts in = {s->h, s->q8_rows, s->n_rows, e->config.hidden};

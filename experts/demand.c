@@ -2,8 +2,8 @@
  */
 #include "experts/store.h"
 
-/* Layers share one budget by the worth of their experts; a layer whose misses are waited for longer keeps
- * more of them. Costs are followed slowly, within a factor of two. */
+/* Layers share one budget by the worth of their experts; a layer whose misses are waited for longer
+ * keeps more of them. Costs are followed slowly, within a factor of two. */
 static void weigh_layers(choir_experts *store)
 {
     double stall_ns = 0, n = 0;
@@ -17,7 +17,9 @@ static void weigh_layers(choir_experts *store)
         double mean = n > 0 ? stall_ns / n : 0, few = store->n_experts;
         double cost = mean > 0 ? (c->stall_ns + few * mean) / (c->n + few) / mean : 1;
         choir_policy_set_layer_cost(store->policy, l,
-                                    (float)(cost < 0.5 ? 0.5 : cost > 2 ? 2 : cost));
+                                    (float)(cost < 0.5 ? 0.5
+                                            : cost > 2 ? 2
+                                                       : cost));
         c->stall_ns *= 0.98;
         c->n *= 0.98;
     }
@@ -39,8 +41,8 @@ static bool in_quarantine(entry *e)
     return e->quarantined_until != 0;
 }
 
-/* Slots for the cold ones, as far as there are any, and as many as the disk can be asked for now: what computes
- * meanwhile gives its slot to the next, and fewer of those that stay have to go. */
+/* Slots for the cold ones, as far as there are any, and as many as the disk can be asked for now:
+ * what computes meanwhile gives its slot to the next, and fewer of those that stay have to go. */
 static void load_cold(choir_experts *store)
 {
     uint32_t n_victims = 0, at = 0;

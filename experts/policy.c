@@ -4,8 +4,8 @@
 #include <string.h>
 
 /* Aged counts are kept as they were at their last change: count(t) = count 2^((changed - t) /
- * half-life). A layer's time is the step of its last turn: those whose turn in this step is still to come
- * must not look colder than those that have had it. */
+ * half-life). A layer's time is the step of its last turn: those whose turn in this step is still
+ * to come must not look colder than those that have had it. */
 typedef struct use {
     float count, worth; /* uses; what the policy makes of them */
     uint32_t changed;   /* step */

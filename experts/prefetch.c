@@ -65,7 +65,8 @@ void guess_was_wrong(choir_experts *store, slot *s)
 static void end_block(choir_experts *store)
 {
     double cost = (double)store->block_ns / (double)store->block_wanted;
-    if (store->n_blocks > 1 && store->guessing != store->guessed_before) {
+    if (store->n_blocks > 1 && store->guessing != store->guessed_before && cost > 0 &&
+        store->cost_before > 0) {
         double gain = log(store->guessing ? store->cost_before / cost : cost / store->cost_before);
         double part = 1.0 / (++store->n_pairs < 5 ? store->n_pairs : 5);
         store->gain += part * (gain - store->gain);

@@ -211,12 +211,17 @@ static void plan_slabs(choir_experts *store, uint64_t bytes)
 uint64_t choir_experts_least_bytes(const choir_experts *store)
 {
     /* Two slots: one computes while one is read. */
-    return 2 * store->slot_bytes + 2 * store->staged_bytes;
+    return 2 * choir_pages_bytes(store->slot_bytes) + choir_pages_bytes(2 * store->staged_bytes);
+}
+
+static uint64_t staging_bytes(const choir_experts *store)
+{
+    return choir_pages_bytes(store->n_stagings * store->staged_bytes);
 }
 
 static uint32_t slabs_within(const choir_experts *store, uint64_t bytes)
 {
-    uint64_t staged = (uint64_t)store->n_stagings * store->staged_bytes;
+    uint64_t staged = staging_bytes(store);
     uint64_t n = bytes > staged ? (bytes - staged) / store->slab_bytes : 0;
     return n > store->max_slabs ? store->max_slabs : (uint32_t)n;
 }
@@ -256,7 +261,7 @@ choir_status choir_experts_start(choir_experts *store, uint64_t bytes, uint32_t 
         if (store->staging_data == NULL)
             return choir_fail(CHOIR_E_NO_MEMORY, "no memory to read experts into");
     }
-    plan_slabs(store, bytes - store->n_stagings * store->staged_bytes);
+    plan_slabs(store, bytes - staging_bytes(store));
     store->n_slabs_allowed = slabs_within(store, bytes);
     store->slot_limit = max_slots;
     CHOIR_TRY(take_tables(store));
@@ -327,7 +332,7 @@ bool choir_experts_in_reach(const choir_experts *store, uint32_t layer, uint32_t
 uint64_t choir_experts_bytes(const choir_experts *store)
 {
     return store->resident_bytes + (uint64_t)store->n_slabs_held * store->slab_bytes +
-           (uint64_t)store->n_stagings * store->staged_bytes;
+           staging_bytes(store);
 }
 
 uint32_t choir_experts_n_pinned(const choir_experts *store)

@@ -92,6 +92,8 @@ static choir_status make_tables(choir_scheduler *s)
         if (s->published_heat == NULL)
             return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the experts' heat");
         s->published.experts = s->engine.expert_stats(s->engine.engine);
+        s->published.n_read_groups = s->stats.n_read_groups;
+        s->published.step_tokens = s->stats.step_tokens;
     }
     if (!s->options.prefix_cache) return CHOIR_OK;
     return prefix_cache_create(&s->pages, s->engine.page_tokens, &s->prefix);

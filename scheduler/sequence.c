@@ -80,7 +80,6 @@ static choir_status make_sequence(choir_scheduler *s, const choir_request *from,
     }
     choir_sampling sampling = from->sampling;
     q->group = NO_GROUP;
-    CHOIR_TRY(reads_know(s, q));
     sampling.index = index;
     sampling.stop_ids = r->end_ids;
     sampling.n_stop_ids = r->n_end_ids;

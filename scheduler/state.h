@@ -70,6 +70,7 @@ typedef struct sequence {
     float *wants;        /* NULL, or [n_layers, n_experts]: how likely a token wants each; reads.c */
     choir_routes drawn_by; /* of the last token, where experts are streamed */
     uint32_t n_seen, group; /* tokens that `wants` has learnt from; NO_GROUP: it runs with everybody */
+    uint64_t ran_ns;        /* when it was last given rows */
 } sequence;
 
 struct request {
@@ -92,6 +93,10 @@ struct request {
     bool admitted;
 };
 
+typedef struct read_sums {
+    double steps, rows, ns, stall_ns, misses;
+} read_sums;
+
 /* Who runs with whom for the disk's sake; reads.c. */
 typedef struct read_groups {
     bool streamed;
@@ -99,10 +104,11 @@ typedef struct read_groups {
     float *absent;       /* scratch */
     uint32_t n_groups;   /* below 2: all run together */
     uint32_t turn, n_steps, turn_steps; /* whose turn it is, steps it has had and may have */
+    uint64_t turn_began_ns, turn_ns;    /* and how long it may take */
     uint32_t until_review, shun;        /* steps; reviews without groups */
     uint32_t step_tokens;               /* rows of a step at most, now */
     double step_ns, token_ns[2];        /* measured: a step; a token together, and in groups (0: unknown) */
-    uint64_t last_steps, last_step_ns, last_stall_ns, last_misses, last_rows; /* as of the last review */
+    read_sums sums;
 } read_groups;
 
 struct choir_scheduler {
@@ -180,12 +186,12 @@ void kv_share_before_step(choir_scheduler *s);
 /* reads.c */
 choir_status reads_create(choir_scheduler *s) CHOIR_MUST_USE;
 void reads_destroy(choir_scheduler *s);
-choir_status reads_know(choir_scheduler *s, sequence *q) CHOIR_MUST_USE; /* a sequence is made */
+void reads_know(choir_scheduler *s, sequence *q); /* a sequence begins to run */
 void reads_forget(sequence *q);
 void reads_before_choice(choir_scheduler *s); /* s->order is by rank */
 bool reads_may_run(const choir_scheduler *s, const sequence *q, uint64_t now);
 void reads_note(choir_scheduler *s, sequence *q, const choir_routes *routes); /* NULL: unknown */
-void reads_after_step(choir_scheduler *s, uint32_t n_rows);
+void reads_after_step(choir_scheduler *s, uint32_t n_rows, uint32_t n_spans);
 
 /* tick.c */
 bool scheduler_tick(choir_scheduler *s);

@@ -182,6 +182,7 @@ static void select_rows(sequence *q, uint32_t n_rows, uint32_t *budget)
 {
     q->selected = true;
     q->n_rows = n_rows;
+    q->ran_ns = choir_clock_now();
     *budget -= n_rows;
 }
 
@@ -269,6 +270,7 @@ static bool enter(choir_scheduler *s, uint32_t at, uint32_t n, uint32_t budget)
     uint32_t rows = chunk(s, q, budget);
     if (has_room(s, n_owed(s, q)) && reserve(s, at, n, q->n_computed + rows, true)) {
         sequence_move(s, q, SEQ_RUNNING);
+        reads_know(s, q);
         return true;
     }
     sequence_drop_pages(s, q, false);
@@ -445,7 +447,7 @@ bool scheduler_tick(choir_scheduler *s)
         uint32_t n_rows = 0;
         for (uint32_t i = 0; i < n_spans; i++) n_rows += s->spans[i].n_tokens;
         s->stats.rows_total += n_rows;
-        reads_after_step(s, n_rows);
+        reads_after_step(s, n_rows, n_spans);
         if (status == CHOIR_OK)
             worked = hand_out(s, n_spans);
         else

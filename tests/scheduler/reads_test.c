@@ -1,5 +1,6 @@
-/* Sequences that share a disk: who runs with whom, for how long others are held back, how large steps grow.
- * Beneath is the simulated engine with experts that cost time to read; the clock is fake. */
+/* Sequences that share a disk: who runs with whom, for how long others are held back, how large
+ * steps grow. Beneath is the simulated engine with experts that cost time to read; the clock is
+ * fake. */
 #include "tests/scheduler/world.h"
 
 #include <setjmp.h>
@@ -10,7 +11,7 @@
 #include <cmocka.h>
 
 enum {
-    LAYERS = 2,
+    LAYERS = 3, /* the first is dense: it has no routes */
     EXPERTS = 32,
     USED = 2,
     TOPIC = 4, /* experts of a topic in each layer */
@@ -21,7 +22,8 @@ enum {
     N_TOKENS = 120,
 };
 
-/* The first token of a sequence says its topic, which says its experts; least recently used ones go. */
+/* The first token of a sequence says its topic, which says its experts; least recently used ones
+ * go. */
 typedef struct disk_engine {
     choir_step_engine inner;
     simulated_engine *simulated;
@@ -59,7 +61,12 @@ static choir_status disk_step(void *engine, choir_span *spans, uint32_t n_spans)
     disk.now++;
     fake_now += STEP_MS * CHOIR_MS;
     choir_status status = disk.inner.step(engine, spans, n_spans);
-    for (uint32_t l = 0; l < LAYERS; l++)
+    for (uint32_t i = 0; i < n_spans; i++)
+        for (uint32_t at = 0; spans[i].routes != NULL && at < spans[i].n_tokens * USED; at++) {
+            spans[i].routes->experts[at] = UINT16_MAX;
+            spans[i].routes->weights[at] = 0;
+        }
+    for (uint32_t l = 1; l < LAYERS; l++)
         for (uint32_t i = 0; i < n_spans; i++) {
             choir_span *span = &spans[i];
             assert_true(span->remaining > 0 && span->remaining <= N_TOKENS);
@@ -67,8 +74,7 @@ static choir_status disk_step(void *engine, choir_span *spans, uint32_t n_spans)
                      topic = (disk.simulated->kv[first] - 1) % disk.n_topics;
             for (uint32_t t = 0; t < span->n_tokens; t++)
                 for (uint32_t k = 0; k < USED; k++) {
-                    uint32_t at = (span->position + t + k) % TOPIC,
-                             expert = topic * TOPIC + at;
+                    uint32_t at = (span->position + t + k) % TOPIC, expert = topic * TOPIC + at;
                     want(l * EXPERTS + expert);
                     if (span->routes == NULL) continue;
                     size_t place = ((size_t)l * span->n_tokens + t) * USED + k;
@@ -169,8 +175,8 @@ static void assert_same_answers(const outcome *a, const outcome *b)
                             N_TOKENS * sizeof(uint32_t));
 }
 
-/* Memory holds one of two topics: taking turns spares most reads, changes no token, and holds nobody
- * back for longer than is allowed (and one step). */
+/* Memory holds one of two topics: taking turns spares most reads, changes no token, and holds
+ * nobody back for longer than is allowed (and one step). */
 static void test_topics_take_turns(void **state)
 {
     (void)state;
@@ -180,11 +186,10 @@ static void test_topics_take_turns(void **state)
     assert_same_answers(&together, &apart);
     assert_int_equal(together.most_groups, 1);
     assert_int_equal(apart.most_groups, 2);
-    print_message("%llu reads and %llu ms together, %llu and %llu in turns\n",
-                  (unsigned long long)together.n_misses,
-                  (unsigned long long)(together.took_ns / CHOIR_MS),
-                  (unsigned long long)apart.n_misses,
-                  (unsigned long long)(apart.took_ns / CHOIR_MS));
+    print_message(
+        "%llu reads and %llu ms together, %llu and %llu in turns\n",
+        (unsigned long long)together.n_misses, (unsigned long long)(together.took_ns / CHOIR_MS),
+        (unsigned long long)apart.n_misses, (unsigned long long)(apart.took_ns / CHOIR_MS));
     assert_true(2 * apart.n_misses < together.n_misses);
     assert_true(3 * apart.took_ns < 2 * together.took_ns);
     assert_true(apart.longest_ns < (2000 + 200) * CHOIR_MS);
@@ -199,6 +204,18 @@ static void test_hold_is_bounded(void **state)
     for (int i = 0; i < 3; i++) {
         run_requests(9, 2, holds[i], &o);
         assert_true(o.longest_ns < (holds[i] + 400) * CHOIR_MS);
+    }
+}
+
+/* Each of several groups has its turns, however many there are. */
+static void test_many_topics(void **state)
+{
+    (void)state;
+    static outcome o;
+    for (uint32_t n_topics = 3; n_topics <= 8; n_topics++) {
+        run_requests(9, n_topics, 2000, &o);
+        assert_true(o.longest_ns < (2000 + 400) * CHOIR_MS);
+        assert_true(o.most_groups > 1);
     }
 }
 
@@ -250,8 +267,8 @@ static void test_deadline_is_not_held_back(void **state)
     end_world(&w);
 }
 
-/* While a prompt's steps wait for the disk they grow to what the engine takes; where they do not wait, they
- * stay as they are. */
+/* While a prompt's steps wait for the disk they grow to what the engine takes; where they do not
+ * wait, they stay as they are. */
 static void test_steps_grow(void **state)
 {
     (void)state;
@@ -277,6 +294,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_topics_take_turns),
         cmocka_unit_test(test_hold_is_bounded),
+        cmocka_unit_test(test_many_topics),
         cmocka_unit_test(test_no_turns_without_need),
         cmocka_unit_test(test_deadline_is_not_held_back),
         cmocka_unit_test(test_steps_grow),
