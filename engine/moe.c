@@ -21,15 +21,22 @@ static void copy_taps(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_w
     }
 }
 
+/* Where a row's routes of a layer begin in its span's. */
+static size_t route_at(const step *s, uint32_t l, size_t i, uint32_t k)
+{
+    const choir_span *span = &s->spans[s->rows[i].span];
+    return ((size_t)l * span->n_tokens + (i - s->first_row[s->rows[i].span])) * k;
+}
+
 static void record_routes(choir_engine *e, uint32_t l, size_t i)
 {
     step *s = &e->step;
-    const choir_span *span = &s->spans[s->rows[i].span];
-    if (span->routes == NULL) return;
+    const choir_routes *routes = s->spans[s->rows[i].span].routes;
+    if (routes == NULL) return;
     uint32_t k = s->plan->k;
-    size_t at = ((size_t)l * span->n_tokens + (i - s->first_row[s->rows[i].span])) * k;
-    memcpy(span->routes->experts + at, s->plan->experts + i * k, k * sizeof(uint16_t));
-    memcpy(span->routes->weights + at, s->plan->weights + i * k, k * sizeof(float));
+    size_t at = route_at(s, l, i, k);
+    memcpy(routes->experts + at, s->plan->experts + i * k, k * sizeof(uint16_t));
+    memcpy(routes->weights + at, s->plan->weights + i * k, k * sizeof(float));
 }
 
 /* Dense layers have no routes: zeros. */
@@ -40,11 +47,10 @@ static void clear_routes(choir_engine *e, uint32_t l, uint32_t worker, uint32_t 
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
     for (uint64_t i = begin; i < end; i++) {
-        const choir_span *span = &s->spans[s->rows[i].span];
-        if (span->routes == NULL) continue;
-        size_t at = ((size_t)l * span->n_tokens + (i - s->first_row[s->rows[i].span])) * k;
-        memset(span->routes->experts + at, 0, k * sizeof(uint16_t));
-        memset(span->routes->weights + at, 0, k * sizeof(float));
+        const choir_routes *routes = s->spans[s->rows[i].span].routes;
+        if (routes == NULL) continue;
+        memset(routes->experts + route_at(s, l, i, k), 0, k * sizeof(uint16_t));
+        memset(routes->weights + route_at(s, l, i, k), 0, k * sizeof(float));
     }
 }
 

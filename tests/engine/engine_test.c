@@ -193,6 +193,37 @@ static void test_routes(void **state)
     choir_engine_close(engine);
 }
 
+/* Where there is nothing to route there are zeros, whatever lay in the caller's memory. */
+static void test_routes_of_dense_layers(void **state)
+{
+    (void)state;
+    choir_engine *engine = open_engine("tests/fixtures/models/deepseek_v3", 2, false);
+    const choir_model_config *c = choir_engine_config(engine);
+    uint32_t k = c->n_experts_used, n_dense = 0, tokens[N_TOKENS];
+    size_t n = (size_t)c->n_layers * N_TOKENS * k;
+    make_tokens(5, c->vocab, N_TOKENS, tokens);
+    choir_routes routes = {malloc(n * sizeof(uint16_t)), malloc(n * sizeof(float))};
+    memset(routes.experts, 0xFF, n * sizeof(uint16_t));
+    memset(routes.weights, 0xFF, n * sizeof(float));
+    sequence s = sequence_at(engine, 0, 3);
+    choir_span span = sequence_span(&s, tokens, N_TOKENS, NULL);
+    span.routes = &routes;
+    assert_int_equal(choir_engine_step(engine, &span, 1), CHOIR_OK);
+    for (uint32_t l = 0; l < c->n_layers; l++) {
+        bool moe = (c->layers[l] & CHOIR_LAYER_MOE) != 0;
+        n_dense += !moe;
+        for (size_t i = (size_t)l * N_TOKENS * k; i < (size_t)(l + 1) * N_TOKENS * k; i++) {
+            assert_true(routes.experts[i] < c->n_experts);
+            assert_true(moe ? routes.weights[i] > 0
+                            : routes.weights[i] == 0 && routes.experts[i] == 0);
+        }
+    }
+    assert_true(n_dense > 0 && n_dense < c->n_layers);
+    free(routes.experts);
+    free(routes.weights);
+    choir_engine_close(engine);
+}
+
 static void test_bad_steps(void **state)
 {
     (void)state;
@@ -292,6 +323,7 @@ int main(void)
         cmocka_unit_test(test_among_others),
         cmocka_unit_test(test_targets_and_draws),
         cmocka_unit_test(test_routes),
+        cmocka_unit_test(test_routes_of_dense_layers),
         cmocka_unit_test(test_digest),
         cmocka_unit_test(test_bad_steps),
         cmocka_unit_test(test_warm_step_allocates_nothing),
