@@ -15,14 +15,13 @@
 #include <string.h>
 
 enum {
-    KNOWN = 8,   /* tokens before a sequence's wants are known; until then it runs with everybody */
-    REVIEW = 32, /* steps between two looks at who should run with whom */
-    TURN = 16,   /* steps of a turn, at most */
-    SHUN = 16,   /* reviews that pass before turns that did not pay are tried again */
+    KNOWN = 8,    /* tokens before a sequence's wants are known; it runs with everybody till then */
+    REVIEW = 32,  /* steps between two looks at who should run with whom */
+    TURN = 16,    /* steps of a turn, at most */
+    SHUN = 16,    /* reviews that pass before turns that did not pay are tried again */
     BUCKETS = 64, /* of how likely an expert is wanted */
-    MOST =
-        64, /* sequences that are grouped: more share nearly everything, and take long to look at */
-    URGENT = 4 /* times the time that a request needs: its deadline is near */
+    MOST = 64,    /* sequences that are grouped; more share nearly all, and looking takes long */
+    URGENT = 4,   /* times the time that a request needs: its deadline is near */
 };
 static const float FORGET = 0.9F;      /* a token's part in the next one's wants */
 static const double WORTHWHILE = 0.75; /* reckoned time a token beside that of one group */
@@ -77,8 +76,8 @@ void reads_note(choir_scheduler *s, sequence *q, const choir_routes *routes)
     for (size_t i = 0; i < s->reads.n_pairs; i++) q->wants[i] *= FORGET;
     for (uint32_t l = 0; l < s->engine.n_layers; l++)
         for (uint32_t i = 0; i < k; i++) {
-            size_t at =
-                (size_t)l * k + i; /* weight 0: a dense layer, or an expert that is not used */
+            /* Weight 0: a dense layer, or an expert that is not used. */
+            size_t at = (size_t)l * k + i;
             if (routes->weights[at] != 0 && routes->experts[at] < n)
                 q->wants[(size_t)l * n + routes->experts[at]] += 1 - FORGET;
         }
@@ -116,8 +115,8 @@ static reading reckon(const choir_scheduler *s, const float *absent, const seque
 
 /* Steps that only drew tokens, since the last review. */
 typedef struct period {
-    double stall_share, miss_ns, compute_ns,
-        rows; /* a miss's wait; a step without waits; rows a step */
+    double stall_share, rows;   /* of the time; of a step */
+    double miss_ns, compute_ns; /* a miss's wait; a step without waits */
     double step_ns, token_ns;
 } period;
 
@@ -322,7 +321,6 @@ void reads_after_step(choir_scheduler *s, uint32_t n_rows, uint32_t n_spans)
         g->sums.stall_ns += waited;
         g->sums.misses += (double)(after.n_misses - before->n_misses);
     }
-    s->stats.experts = after;
     s->stats.n_read_groups = g->n_groups < 2 ? 1 : g->n_groups;
     s->stats.step_tokens = g->step_tokens;
     g->n_steps++;
