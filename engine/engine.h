@@ -9,6 +9,7 @@
  * NEXT    engine/token_path.c: the path of a token, read aloud; scheduler/scheduler.h above. */
 #pragma once
 #include "base/base.h"
+#include "engine/adapter.h"
 #include "engine/chat_template.h"
 #include "engine/gguf.h"
 #include "engine/kernels/kernels.h"
@@ -17,8 +18,6 @@
 #include "engine/sampler.h"
 #include "engine/tokenizer.h"
 #include "experts/experts.h"
-
-typedef struct choir_engine choir_engine;
 
 typedef struct choir_engine_options {
     uint32_t n_threads;     /* 0: one per core */
@@ -90,7 +89,8 @@ typedef struct choir_routes {
 
 /* One sequence's rows in a step: n_tokens new tokens at consecutive positions. */
 typedef struct choir_span {
-    const uint32_t *tokens; /* each < vocab */
+    /* Each below vocab, or vocab + i: the virtual token i of its only adapter, at position i. */
+    const uint32_t *tokens;
     uint32_t n_tokens;      /* >= 1 */
     uint32_t position;      /* of tokens[0]; keys 0 .. position-1 lie in the pages already */
     const uint32_t *pages;  /* page i holds positions [32 i, 32 i + 32); covers position + n_tokens */
@@ -101,6 +101,9 @@ typedef struct choir_span {
     float *target_logprobs;  /* … here (log-softmax, computed in double) */
     choir_sampler *sampler;  /* NULL, or draws from the last token's logits (n_logits >= 1) */
     choir_routes *routes;    /* NULL, or filled */
+    /* Rows at positions from adapter_from on are computed with these; at most CHOIR_MAX_MIX, each once. */
+    const choir_adapter_use *adapters;
+    uint32_t n_adapters, adapter_from;
     float *ffn_inputs;       /* NULL, or [n_layers, n_tokens, hidden]: what each layer's FFN was given */
     choir_sample sample;     /* out, when sampler */
     choir_status status;     /* out */
