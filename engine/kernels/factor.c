@@ -1,0 +1,63 @@
+/* Low-rank factors into the kernels' layout: rows of equal length that end in zeros. */
+#include "engine/kernels/layout.h"
+
+#include <math.h>
+#include <string.h>
+
+static const size_t element_bytes[] = {
+    [CHOIR_FACTOR_F32] = 4, [CHOIR_FACTOR_BF16] = 2, [CHOIR_FACTOR_INT8] = 1};
+
+static size_t data_bytes(choir_factor_type type, uint32_t rank, uint32_t length)
+{
+    return (size_t)rank * choir_factor_stride(length) * element_bytes[type];
+}
+
+size_t choir_factor_bytes(choir_factor_type type, uint32_t rank, uint32_t length)
+{
+    size_t scales = type == CHOIR_FACTOR_INT8 ? rank * sizeof(float) : 0;
+    return (data_bytes(type, rank, length) + scales + 63) & ~(size_t)63;
+}
+
+/* To nearest, ties to even; numbers are finite. */
+static uint16_t f32_to_bf16(float x)
+{
+    uint32_t bits = f32_to_bits(x);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+/* Codes in [-127, 127] of one row; returns its scale. */
+static float pack_codes(const float *row, size_t stride, uint32_t length, int8_t *out)
+{
+    float max = 0;
+    for (uint32_t i = 0; i < length; i++) max = fmaxf(max, fabsf(row[i * stride]));
+    float inverse = max > 0 ? 127.0F / max : 0;
+    if (!isfinite(inverse)) return 0; /* too small to count: the codes stay 0 */
+    for (uint32_t i = 0; i < length; i++) out[i] = (int8_t)lrintf(row[i * stride] * inverse);
+    return max / 127.0F;
+}
+
+choir_factor choir_factor_pack(choir_factor_type type, uint32_t rank, uint32_t length,
+                               const float *from, size_t row_stride, size_t stride, void *data)
+{
+    choir_factor f = {type, rank, length, choir_factor_stride(length), data, NULL};
+    float *scales = (float *)((uint8_t *)data + data_bytes(type, rank, length));
+    memset(data, 0, choir_factor_bytes(type, rank, length));
+    if (type == CHOIR_FACTOR_INT8) f.scales = scales;
+    for (size_t r = 0; r < rank; r++) {
+        const float *row = from + r * row_stride;
+        size_t at = r * f.stride;
+        switch (type) {
+        case CHOIR_FACTOR_F32:
+            for (uint32_t i = 0; i < length; i++) ((float *)data)[at + i] = row[i * stride];
+            break;
+        case CHOIR_FACTOR_BF16:
+            for (uint32_t i = 0; i < length; i++)
+                ((uint16_t *)data)[at + i] = f32_to_bf16(row[i * stride]);
+            break;
+        case CHOIR_FACTOR_INT8:
+            scales[r] = pack_codes(row, stride, length, (int8_t *)data + at);
+            break;
+        }
+    }
+    return f;
+}
