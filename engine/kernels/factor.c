@@ -18,8 +18,7 @@ size_t choir_factor_bytes(choir_factor_type type, uint32_t rank, uint32_t length
     return (data_bytes(type, rank, length) + scales + 63) & ~(size_t)63;
 }
 
-/* To nearest, ties to even; numbers are finite. */
-static uint16_t f32_to_bf16(float x)
+uint16_t choir_f32_to_bf16(float x)
 {
     uint32_t bits = f32_to_bits(x);
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
@@ -52,7 +51,7 @@ choir_factor choir_factor_pack(choir_factor_type type, uint32_t rank, uint32_t l
             break;
         case CHOIR_FACTOR_BF16:
             for (uint32_t i = 0; i < length; i++)
-                ((uint16_t *)data)[at + i] = f32_to_bf16(row[i * stride]);
+                ((uint16_t *)data)[at + i] = choir_f32_to_bf16(row[i * stride]);
             break;
         case CHOIR_FACTOR_INT8:
             scales[r] = pack_codes(row, stride, length, (int8_t *)data + at);

@@ -128,6 +128,7 @@ size_t choir_factor_bytes(choir_factor_type type, uint32_t rank, uint32_t length
  * (choir_factor_bytes). Rounds to nearest. */
 choir_factor choir_factor_pack(choir_factor_type type, uint32_t rank, uint32_t length, const float *from,
                                size_t row_stride, size_t stride, void *data);
+uint16_t choir_f32_to_bf16(float x); /* finite; to nearest, ties to even */
 static inline float choir_factor_scale(const choir_factor *f, uint32_t r)
 {
     return f->scales != NULL ? f->scales[r] : 1;
