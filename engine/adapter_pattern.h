@@ -1,9 +1,9 @@
-/* WHAT    PEFT's rank_pattern and alpha_pattern: numbers for modules whose name a regular expression fits.
+/* WHAT    PEFT's rank_pattern and alpha_pattern: numbers for modules that regular expressions fit.
  * OWNS    A list: its compiled expressions, until free.
  * THREADS One.
- * ERRORS  CHOIR_E_FORMAT (no number, no expression), CHOIR_E_INVALID (an expression that takes too
- * long). LIMITS  The steps of a match are bounded: an adapter's file is hostile. NEXT
- * engine/adapter_lora.c */
+ * ERRORS  CHOIR_E_FORMAT (no number, no expression), CHOIR_E_INVALID (a match takes too long).
+ * LIMITS  The steps of a match are bounded: an adapter's file is hostile.
+ * NEXT    engine/adapter_lora.c */
 #pragma once
 #include "engine/adapter_read.h"
 

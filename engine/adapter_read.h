@@ -1,11 +1,10 @@
-/* WHAT    What the readers of adapters share: the file's tensors, the places that their names mean, and the
- *         changes as they are collected. Internal to engine/.
- * OWNS    A reader: everything until choir_adapter_data_parse() hands the arena to its data.
+/* WHAT    What the readers of adapters share: the file's tensors, the places that names mean, and
+ *         the changes as they are collected. Internal to engine/.
+ * OWNS    A reader: all but the arena, which its data takes over.
  * THREADS One.
  * ERRORS  As engine/adapter_file.h says; every sentence begins with the reader's name.
  * LIMITS  A tensor is used once: what is left unused at the end is refused by name.
- * NEXT    adapter_file.c collects; adapter_place.c names; adapter_peft.c and what it calls,
- * adapter_gguf.c read */
+ * NEXT    adapter_file.c collects, adapter_place.c names, adapter_peft.c and adapter_gguf.c read */
 #pragma once
 #include "base/base.h"
 #include "engine/adapter_file.h"
