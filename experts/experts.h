@@ -12,6 +12,7 @@
 #pragma once
 #include "base/base.h"
 #include "engine/kernels/kernels.h"
+#include "experts/adapters.h"
 #include "experts/disk.h"
 #include "experts/policy.h"
 
