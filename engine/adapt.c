@@ -118,7 +118,7 @@ static const adapter_run *next_rows(const step *s, const adapt_target *t, size_t
 static const adapted *change_of(const adapter_run *run, uint32_t use, const adapt_target *t)
 {
     const choir_adapter *a = run->uses[use].adapter;
-    return (a->roles >> t->role & 1) != 0 ? choir_adapter_find(a, t->role, t->layer, t->index)
+    return (a->roles >> t->role & 1) != 0 ? choir_adapted_find(a, t->role, t->layer, t->index)
                                           : NULL;
 }
 

@@ -39,7 +39,7 @@ struct choir_adapter {
 };
 
 /* The change of a matrix, or NULL. */
-const adapted *choir_adapter_find(const choir_adapter *adapter, choir_role role, uint32_t layer,
+const adapted *choir_adapted_find(const choir_adapter *adapter, choir_role role, uint32_t layer,
                                   uint32_t index);
 
 /* Rows of a step that have the same adapters. */

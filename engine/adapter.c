@@ -72,21 +72,27 @@ static choir_status refuse(const choir_adapter_change *c, const char *what)
                       choir_role_text(c->role), c->layer, c->index);
 }
 
+static bool brings(const choir_adapter_change *c, uint32_t arrays)
+{
+    return (c->has & arrays) != 0;
+}
+
 static choir_status check_change(const choir_engine *e, const choir_adapter_change *c)
 {
     uint64_t matrices = attention_roles | dense_roles | expert_roles | other_roles;
     if (!has(matrices | norm_roles, c->role)) return refuse(c, "an adapter");
-    if (has(norm_roles, c->role) && (c->rank > 0 || c->weight == NULL || c->bias != NULL))
+    if (has(norm_roles, c->role) && c->has != CHOIR_ADAPTER_HAS_WEIGHT)
         return refuse(c, "anything but new weights");
-    if (c->in_scale != NULL && !has(scaled_inputs, c->role))
+    if (brings(c, CHOIR_ADAPTER_HAS_IN_SCALE) && !has(scaled_inputs, c->role))
         return refuse(c, "a scale of the inputs");
     if (c->series && !has(attention_roles | dense_roles, c->role))
         return refuse(c, "a serial bottleneck");
     if (c->role == CHOIR_ROLE_EMBEDDING &&
-        (c->magnitude != NULL || c->out_scale != NULL || c->a_bias != NULL || c->b_bias != NULL ||
-         c->bias != NULL || c->act != CHOIR_ADAPTER_LINEAR))
+        ((c->has & ~(uint32_t)(CHOIR_ADAPTER_HAS_LOW_RANK | CHOIR_ADAPTER_HAS_WEIGHT)) != 0 ||
+         c->act != CHOIR_ADAPTER_LINEAR))
         return refuse(c, "anything but LoRA or new weights");
-    if (c->magnitude != NULL && has(expert_roles, c->role) && choir_experts_streamed(e->experts))
+    if (brings(c, CHOIR_ADAPTER_HAS_MAGNITUDE) && has(expert_roles, c->role) &&
+        choir_experts_streamed(e->experts))
         return refuse(c, "DoRA, whose norms need all weights in memory,");
     return CHOIR_OK;
 }
@@ -292,23 +298,25 @@ static choir_status make_change(maker *m, const choir_adapter_change *c, adapted
         out->vector = carve_floats(m, c->weight, c->cols);
         return CHOIR_OK;
     }
-    if (c->magnitude != NULL || c->out_scale != NULL) {
+    if (brings(c, CHOIR_ADAPTER_HAS_MAGNITUDE | CHOIR_ADAPTER_HAS_OUT_SCALE)) {
         float *scale = carve_floats(m, NULL, c->rows);
         if (real) CHOIR_TRY(fold_scale(m, c, scale));
         out->scale = scale;
     }
-    if (c->b_bias != NULL || c->bias != NULL || c->out_scale != NULL) {
+    if (brings(c,
+               CHOIR_ADAPTER_HAS_B_BIAS | CHOIR_ADAPTER_HAS_BIAS | CHOIR_ADAPTER_HAS_OUT_SCALE)) {
         float *shift = carve_floats(m, NULL, c->rows);
         if (real) fold_shift(m, c, out->scale, shift);
         out->shift = shift;
     }
-    if (c->rank > 0 && (c->a_bias != NULL || c->series)) {
+    if (c->rank > 0 && (brings(c, CHOIR_ADAPTER_HAS_A_BIAS) || c->series)) {
         float *a_bias = carve_floats(m, NULL, c->rank);
         if (real) fold_a_bias(m, c, a_bias);
         out->a_bias = a_bias;
     }
-    if (c->in_scale != NULL) out->in_scale = carve_floats(m, c->in_scale, c->cols);
-    if (c->weight != NULL) CHOIR_TRY(pack_weight(m, c, &out->weight));
+    if (brings(c, CHOIR_ADAPTER_HAS_IN_SCALE))
+        out->in_scale = carve_floats(m, c->in_scale, c->cols);
+    if (brings(c, CHOIR_ADAPTER_HAS_WEIGHT)) CHOIR_TRY(pack_weight(m, c, &out->weight));
     return c->rank > 0 ? pack_pair(m, c, out) : CHOIR_OK;
 }
 
@@ -367,6 +375,9 @@ static choir_status make_all(maker *m, const choir_adapter_data *d)
     make_virtual(m, d);
     a->items = items;
     a->first = first;
+    if (d->n_virtual > 0 && choir_is_latent(&m->engine->config) && a->prefix)
+        return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                          "prefixes of keys and values, where the model keeps latents");
     a->digest = d->digest;
     a->max_rank = d->max_rank;
     a->bytes = m->at;
@@ -441,7 +452,7 @@ bool choir_adapter_mixes(const choir_adapter *a)
     return a->mixes;
 }
 
-const adapted *choir_adapter_find(const choir_adapter *a, choir_role role, uint32_t layer_index,
+const adapted *choir_adapted_find(const choir_adapter *a, choir_role role, uint32_t layer_index,
                                   uint32_t index)
 {
     size_t at = (size_t)layer_index * CHOIR_N_ROLES + role;
