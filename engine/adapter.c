@@ -386,11 +386,12 @@ static choir_status make_all(maker *m, const choir_adapter_data *d)
 
 static maker maker_of(const choir_engine *e, choir_adapter_type type, choir_adapter *adapter)
 {
-    choir_factor_type factors = type == CHOIR_ADAPTER_INT8   ? CHOIR_FACTOR_INT8
-                                : type == CHOIR_ADAPTER_BF16 ? CHOIR_FACTOR_BF16
-                                                             : CHOIR_FACTOR_F32;
-    if (type == CHOIR_ADAPTER_AUTO && !e->options.exact) factors = CHOIR_FACTOR_BF16;
-    return (maker){.engine = e, .type = factors, .adapter = adapter};
+    static const choir_factor_type factors[] = {
+        [CHOIR_ADAPTER_F32] = CHOIR_FACTOR_F32,   [CHOIR_ADAPTER_F16] = CHOIR_FACTOR_F16,
+        [CHOIR_ADAPTER_BF16] = CHOIR_FACTOR_BF16, [CHOIR_ADAPTER_INT8] = CHOIR_FACTOR_INT8};
+    if (type == CHOIR_ADAPTER_AUTO)
+        type = e->options.exact ? CHOIR_ADAPTER_F32 : CHOIR_ADAPTER_F16;
+    return (maker){.engine = e, .type = factors[type], .adapter = adapter};
 }
 
 uint64_t choir_adapter_plan_bytes(const choir_engine *e, const choir_adapter_data *data,

@@ -13,10 +13,11 @@ typedef struct choir_adapter choir_adapter;
 
 /* X(name, text): how A and B lie in memory. */
 #define CHOIR_ADAPTER_TYPE_LIST(X)                                                                 \
-    X(AUTO, "auto") /* bf16; f32 in exact mode */                                                  \
+    X(AUTO, "auto") /* f16; f32 in exact mode */                                                   \
     X(F32, "f32")                                                                                  \
+    X(F16, "f16")   /* f16 and int8 with a scale for each row of A and each column of B */         \
     X(BF16, "bf16")                                                                                \
-    X(INT8, "int8") /* a scale for each row of A and each column of B */
+    X(INT8, "int8")
 typedef enum choir_adapter_type {
 #define X(name, text) CHOIR_ADAPTER_##name,
     CHOIR_ADAPTER_TYPE_LIST(X)

@@ -115,12 +115,18 @@ size_t choir_acts_q8_bytes(uint32_t n_rows, uint32_t cols);
 
 /* A factor of a low-rank pair B A (Hu et al. 2021) as `rank` rows of equal length: A as it is, [rank, inputs], and
  * B turned, [rank, outputs]. A row begins at a multiple of `stride` elements and ends in zeros up to it. */
-typedef enum choir_factor_type { CHOIR_FACTOR_F32, CHOIR_FACTOR_BF16, CHOIR_FACTOR_INT8 } choir_factor_type;
+typedef enum choir_factor_type {
+    CHOIR_FACTOR_F32,
+    CHOIR_FACTOR_F16, /* a power of two for each row, which leaves it the whole precision of 11 bits */
+    CHOIR_FACTOR_BF16,
+    CHOIR_FACTOR_INT8, /* a scale for each row */
+    CHOIR_N_FACTOR_TYPES
+} choir_factor_type;
 typedef struct choir_factor {
     choir_factor_type type;
     uint32_t rank, length, stride;
     const void *data;
-    const float *scales; /* [rank] of INT8, else NULL */
+    const float *scales; /* [rank] of F16 and INT8, else NULL */
 } choir_factor;
 static inline uint32_t choir_factor_stride(uint32_t length) { return (length + 15) & ~15U; }
 size_t choir_factor_bytes(choir_factor_type type, uint32_t rank, uint32_t length); /* data, then scales */

@@ -204,7 +204,7 @@ void check_bench(const choir_kernels *k)
                           types[i] == CHOIR_Q4_K || types[i] == CHOIR_Q6_K ? 512 : 576, n, p);
     if (!slow) bench_product(k, CHOIR_Q8_0, false, 49152, 576, 1, p);
     if (!slow) bench_product(k, CHOIR_Q4_1, true, 1536, 576, 512, p);
-    for (int type = 0; type < 3; type++)
+    for (int type = 0; type < CHOIR_N_FACTOR_TYPES; type++)
         for (uint32_t rank = 8; rank <= 64; rank *= 8)
             bench_factors(k, (choir_factor_type)type, rank, p);
     bench_attention(k, 511, 1, p);

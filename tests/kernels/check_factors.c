@@ -61,7 +61,7 @@ static void check_expand(const factor_case *c)
 static void check_pack(const choir_kernels *k, choir_factor_type type)
 {
     enum { RANK = 3, N = 21 };
-    static const float tolerance[] = {0, 0x1p-8F, 0.5F / 127};
+    static const float tolerance[] = {0, 0x1p-11F, 0x1p-8F, 0.5F / 127};
     float from[N * RANK], unit[N] = {0}, t[RANK];
     check_floats(from, N * RANK);
     guarded data = check_alloc(choir_factor_bytes(type, RANK, N));
@@ -72,7 +72,7 @@ static void check_pack(const choir_kernels *k, choir_factor_type type)
         unit[i] = 0;
         for (uint32_t r = 0; r < RANK; r++) {
             float value = from[i * RANK + r], max = fabsf(value);
-            for (uint32_t j = 0; type == CHOIR_FACTOR_INT8 && j < N; j++)
+            for (uint32_t j = 0; type != CHOIR_FACTOR_BF16 && j < N; j++)
                 max = fmaxf(max, fabsf(from[j * RANK + r]));
             check_true("a packed factor's values",
                        fabsf(t[r] - value) <= max * tolerance[type] * 1.0001F);
@@ -84,7 +84,7 @@ static void check_pack(const choir_kernels *k, choir_factor_type type)
 
 void check_factors(const choir_kernels *ref, const choir_kernels *k)
 {
-    for (int type = 0; type < 3; type++) {
+    for (int type = 0; type < CHOIR_N_FACTOR_TYPES; type++) {
         check_pack(k, (choir_factor_type)type);
         for (int r = 0; r < N_RANKS; r++)
             for (int l = 0; l < N_LENGTHS; l++) {

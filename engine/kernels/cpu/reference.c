@@ -210,6 +210,8 @@ static float factor_at(const choir_factor *f, uint32_t r, uint32_t i)
     switch (f->type) {
     case CHOIR_FACTOR_F32:
         return ((const float *)f->data)[at];
+    case CHOIR_FACTOR_F16:
+        return f16_to_f32(((const uint16_t *)f->data)[at]);
     case CHOIR_FACTOR_BF16:
         return bf16_to_f32(((const uint16_t *)f->data)[at]);
     default:

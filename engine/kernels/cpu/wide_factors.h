@@ -11,6 +11,8 @@ INLINE wide load_factor(const choir_factor *f, size_t at, choir_factor_type type
     switch (type) {
     case CHOIR_FACTOR_F32:
         return w_load((const float *)f->data + at);
+    case CHOIR_FACTOR_F16:
+        return w_load_f16((const uint16_t *)f->data + at);
     case CHOIR_FACTOR_BF16:
         return w_load_bf16((const uint16_t *)f->data + at);
     default:
@@ -77,6 +79,8 @@ static void shrink(const choir_factor *a, const float *x, size_t ldx, uint32_t n
 {
     if (a->type == CHOIR_FACTOR_F32)
         shrink_type(a, CHOIR_FACTOR_F32, x, ldx, n_rows, t, ldt);
+    else if (a->type == CHOIR_FACTOR_F16)
+        shrink_type(a, CHOIR_FACTOR_F16, x, ldx, n_rows, t, ldt);
     else if (a->type == CHOIR_FACTOR_BF16)
         shrink_type(a, CHOIR_FACTOR_BF16, x, ldx, n_rows, t, ldt);
     else
@@ -139,6 +143,8 @@ static void expand(const choir_factor *b, const float *t, size_t ldt, uint32_t n
 {
     if (b->type == CHOIR_FACTOR_F32)
         expand_type(b, CHOIR_FACTOR_F32, t, ldt, n_rows, y, ldy, begin, end);
+    else if (b->type == CHOIR_FACTOR_F16)
+        expand_type(b, CHOIR_FACTOR_F16, t, ldt, n_rows, y, ldy, begin, end);
     else if (b->type == CHOIR_FACTOR_BF16)
         expand_type(b, CHOIR_FACTOR_BF16, t, ldt, n_rows, y, ldy, begin, end);
     else
