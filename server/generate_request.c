@@ -15,6 +15,7 @@ enum {
     MAX_IDS = 1 << 20,
     MAX_PRIORITY = 1000000,
     NAME_BYTES = 256,
+    PATH_BYTES = 1024,
     MAX_STOP_IDS = 48
 }; /* with a model's own 16 they fill the sampler's 64 */
 
@@ -39,6 +40,13 @@ const choir_wire_rule choir_request_rules[] = {
     RULE(detokenize_request, "model", 0, NAME_BYTES),
     RULE(detokenize_request, "ids", MAX_IDS, 0),
     RULE(get_stats_request, "model", 0, NAME_BYTES),
+    RULE(load_adapter_request, "name", 0, NAME_BYTES),
+    RULE(load_adapter_request, "path", 0, PATH_BYTES),
+    RULE(load_adapter_request, "model", 0, NAME_BYTES),
+    RULE(unload_adapter_request, "name", 0, NAME_BYTES),
+    RULE(unload_adapter_request, "model", 0, NAME_BYTES),
+    RULE(list_adapters_request, "model", 0, NAME_BYTES),
+    RULE(list_adapters_request, "after", 0, NAME_BYTES),
 };
 #undef RULE
 // clang-format on
