@@ -68,6 +68,12 @@ void choir_scheduler_destroy(choir_scheduler *scheduler); /* cancels what is lef
 
 enum { CHOIR_MAX_STOPS = 16, CHOIR_MAX_STOP_BYTES = 256, CHOIR_MAX_SAMPLES = 64 };
 
+/* A registered adapter that answers with the model; its change counts so much. */
+typedef struct choir_request_adapter {
+    const char *name;
+    float weight;
+} choir_request_adapter;
+
 /* Lent for the call to submit, which copies. */
 typedef struct choir_request {
     const uint32_t *tokens;
@@ -83,6 +89,8 @@ typedef struct choir_request {
     uint32_t n_stops;
     const uint32_t *stop_ids;
     uint32_t n_stop_ids;
+    const choir_request_adapter *adapters; /* each named once */
+    uint32_t n_adapters;     /* at most CHOIR_MAX_MIX */
     int32_t priority;        /* higher first; equal: first come, first served */
     uint64_t deadline_ns;    /* choir_clock_now() time; 0: none */
     uint64_t cache_salt;     /* tenant: prefix hits never cross it */

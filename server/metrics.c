@@ -16,7 +16,8 @@ enum { FIRST_BUCKET = 6, LAST_BUCKET = 26 };
 typedef struct writer {
     choir_server *server;
     struct evbuffer *out;
-    choir_scheduler_stats *stats; /* [n_models] */
+    choir_scheduler_stats *stats;   /* [n_models] */
+    choir_adapters_stats *adapters; /* [n_models]; those of models that take any */
     bool failed;
 } writer;
 
@@ -144,6 +145,23 @@ static void put_models(writer *w, choir_numbers numbers, bool streamed_only)
     }
 }
 
+static void put_adapters(writer *w)
+{
+    const choir_server *s = w->server;
+    bool any = false;
+    for (uint32_t m = 0; m < s->n_models; m++) any = any || s->models[m].adapters != NULL;
+    for (size_t i = 0; any && i < choir_adapter_numbers.n; i++) {
+        const choir_number *number = &choir_adapter_numbers.at[i];
+        put_number_head(w, number);
+        for (uint32_t m = 0; m < s->n_models; m++) {
+            if (s->models[m].adapters == NULL) continue;
+            open_labels(w, number->name, "", "model", s->models[m].name);
+            put_bytes(w, "} ", 2);
+            put_value(w, number, &w->adapters[m]);
+        }
+    }
+}
+
 static void put_backend(writer *w, const char *model, const choir_experts_stats *x)
 {
     open_labels(w, "choir_expert_streaming_info", "", "model", model);
@@ -212,16 +230,27 @@ static void put_experts(writer *w, bool with_heat)
         if (w->stats[m].experts.streamed) put_heat(w, &s->models[m]);
 }
 
+static void put_all(writer *w, bool with_heat)
+{
+    put_server(w);
+    put_models(w, choir_model_numbers, false);
+    put_adapters(w);
+    put_experts(w, with_heat);
+}
+
 choir_status choir_metrics_write(choir_server *server, bool with_heat, struct evbuffer *out)
 {
     writer w = {.server = server, .out = out};
     w.stats = choir_calloc(CHOIR_MEM_SERVER, server->n_models, sizeof *w.stats);
-    if (w.stats == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the metrics");
-    for (uint32_t m = 0; m < server->n_models; m++)
-        choir_scheduler_get_stats(server->models[m].scheduler, &w.stats[m]);
-    put_server(&w);
-    put_models(&w, choir_model_numbers, false);
-    put_experts(&w, with_heat);
+    w.adapters = choir_calloc(CHOIR_MEM_SERVER, server->n_models, sizeof *w.adapters);
+    w.failed = w.stats == NULL || w.adapters == NULL;
+    for (uint32_t m = 0; m < server->n_models && !w.failed; m++) {
+        const choir_server_model *model = &server->models[m];
+        choir_scheduler_get_stats(model->scheduler, &w.stats[m]);
+        if (model->adapters != NULL) choir_adapters_get_stats(model->adapters, &w.adapters[m]);
+    }
+    if (!w.failed) put_all(&w, with_heat);
     choir_free(w.stats);
+    choir_free(w.adapters);
     return w.failed ? choir_fail(CHOIR_E_NO_MEMORY, "no memory for the metrics") : CHOIR_OK;
 }
