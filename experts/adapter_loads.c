@@ -127,7 +127,6 @@ static choir_adapter_version *choose(choir_adapters *pool, adapter_load *load)
     choir_adapter_version *v = pool_next_load(pool);
     uint64_t bytes = v != NULL ? v->facts.bytes + version_overhead(v) : 0;
     int64_t urgency = v != NULL ? version_urgency(v) : 0;
-    /* While another is read, its room may be enough for the next as well. */
     pool->blocked = v != NULL && !pool_make_room(pool, bytes, urgency);
     pool->blocked_urgency = urgency;
     if (pool->blocked) v = NULL;
@@ -139,9 +138,12 @@ static choir_adapter_version *choose(choir_adapters *pool, adapter_load *load)
         load->began_ns = choir_clock_now();
         load->n_tries = 1;
     }
-    bool unblocked = was_blocked && !pool->blocked;
+    /* Who is less urgent was held back; or who sets the budget has something to do. */
+    bool wakes = was_blocked != pool->blocked ||
+                 (pool->blocked && pool->blocked_budget != pool->options.budget_bytes);
+    pool->blocked_budget = pool->options.budget_bytes;
     pthread_mutex_unlock(&pool->lock);
-    if (unblocked) call_wake(pool); /* who is less urgent was held back */
+    if (wakes) call_wake(pool);
     return v;
 }
 

@@ -119,11 +119,12 @@ struct choir_adapters {
     choir_adapter_version **versions;
     uint32_t n_versions, versions_room, n_in_state[N_VERSION_STATES];
     choir_adapter_version *evicted, *ended; /* lists of what the loader frees */
-    uint64_t n_numbered, n_used, held_bytes,
+    uint64_t n_numbered, n_used, n_quarantines, held_bytes,
         most_overhead; /* overhead: what loading takes besides */
     version_sums sums;
     bool blocked; /* a claim of this urgency finds no room */
     int64_t blocked_urgency;
+    uint64_t blocked_budget; /* when that was last looked at */
     choir_adapters_stats stats;
     adapter_load loads[MAX_LOADS];
 

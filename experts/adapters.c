@@ -140,6 +140,17 @@ static choir_status check_together(const choir_adapters *pool, const choir_adapt
     return pool_check_fits(pool, what, bytes + overhead, pool->sums.kept);
 }
 
+choir_status choir_adapters_check_claims(choir_adapters *pool, const choir_adapter_claim *claims,
+                                         uint32_t n)
+{
+    choir_status status = CHOIR_OK;
+    pthread_mutex_lock(&pool->lock);
+    for (uint32_t i = 0; i < n && status == CHOIR_OK; i++)
+        status = check_version(claims[i].version);
+    pthread_mutex_unlock(&pool->lock);
+    return status;
+}
+
 static choir_status pin_all(choir_adapters *pool, choir_adapter_claim *claims, uint32_t n,
                             bool *pinned)
 {
@@ -201,6 +212,12 @@ const void *choir_adapter_claim_adapter(const choir_adapter_claim *claim)
     return claim->version->adapter;
 }
 
+const char *choir_adapter_claim_name(const choir_adapter_claim *claim)
+{
+    CHOIR_ASSERT(claim->pinned);
+    return claim->version->name;
+}
+
 uint64_t choir_adapter_claim_digest(const choir_adapter_claim *claim)
 {
     CHOIR_ASSERT(claim->pinned);
@@ -222,6 +239,7 @@ void choir_adapters_note_poison(choir_adapters *pool, const choir_adapter_claim 
     bool now = !v->quarantined && v->n_poisoned >= pool->options.max_poisoned;
     if (now) {
         v->quarantined = true;
+        pool->n_quarantines++;
         pool->stats.n_quarantined++;
         choir_log(CHOIR_LOG_WARNING,
                   "adapter %s is quarantined: %u requests with it ended in NaN or Inf", v->name,
@@ -277,6 +295,7 @@ void choir_adapters_get_stats(choir_adapters *pool, choir_adapters_stats *out)
     out->n_loading = pool->n_in_state[VERSION_LOADING];
     out->n_failed = pool->n_in_state[VERSION_FAILED];
     out->budget_bytes = pool->options.budget_bytes;
+    out->most_bytes = pool->options.most_bytes;
     out->held_bytes = pool->held_bytes;
     out->wanted_bytes =
         pool->sums.wanted + (pool->sums.n_absent > 0 ? MAX_LOADS * pool->most_overhead : 0);
@@ -286,7 +305,7 @@ void choir_adapters_get_stats(choir_adapters *pool, choir_adapters_stats *out)
 uint64_t choir_adapters_n_failures(choir_adapters *pool)
 {
     pthread_mutex_lock(&pool->lock);
-    uint64_t n = pool->stats.n_failures;
+    uint64_t n = pool->stats.n_failures + pool->n_quarantines;
     pthread_mutex_unlock(&pool->lock);
     return n;
 }
