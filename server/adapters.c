@@ -24,10 +24,11 @@ typedef struct adapter_entry {
 } adapter_entry;
 
 static choir_status find_pool(const choir_server *server, const char *name,
-                              const choir_server_model **model)
+                              const choir_server_model **model, choir_adapters **pool)
 {
     CHOIR_TRY(choir_server_find_model(server, name, model));
-    if ((*model)->adapters != NULL) return CHOIR_OK;
+    *pool = choir_scheduler_adapters((*model)->scheduler);
+    if (*pool != NULL) return CHOIR_OK;
     return choir_fail(CHOIR_E_PRECONDITION, "model %s takes no adapters", (*model)->name);
 }
 
@@ -116,7 +117,8 @@ static choir_status check_load(const Choir__V1__LoadAdapterRequest *request)
 static choir_status load(choir_call *call, const Choir__V1__LoadAdapterRequest *request)
 {
     const choir_server_model *model;
-    CHOIR_TRY(find_pool(call->server, request->model, &model));
+    choir_adapters *pool;
+    CHOIR_TRY(find_pool(call->server, request->model, &model, &pool));
     CHOIR_TRY(check_load(request));
     uint64_t latest = choir_clock_now() + MAX_LOAD_S * CHOIR_SECOND;
     const choir_adapter_load what = {
@@ -130,8 +132,8 @@ static choir_status load(choir_call *call, const Choir__V1__LoadAdapterRequest *
     };
     choir_adapter_info before, after;
     /* Loads are this thread's alone, so that another version is this call's doing. */
-    bool known = choir_adapters_find(model->adapters, request->name, &before) == CHOIR_OK;
-    CHOIR_TRY(choir_adapters_load(model->adapters, &what, &after));
+    bool known = choir_adapters_find(pool, request->name, &before) == CHOIR_OK;
+    CHOIR_TRY(choir_adapters_load(pool, &what, &after));
     Choir__V1__LoadAdapterResponse response = CHOIR__V1__LOAD_ADAPTER_RESPONSE__INIT;
     adapter_entry entry;
     fill_adapter(model, &after, &entry);
@@ -157,9 +159,10 @@ void choir_adapters_prepare_load(choir_call *call)
 static choir_status unload(choir_call *call, const Choir__V1__UnloadAdapterRequest *request)
 {
     const choir_server_model *model;
-    CHOIR_TRY(find_pool(call->server, request->model, &model));
+    choir_adapters *pool;
+    CHOIR_TRY(find_pool(call->server, request->model, &model, &pool));
     CHOIR_TRY(choir_adapters_check_name(request->name));
-    CHOIR_TRY(choir_adapters_unload(model->adapters, request->name));
+    CHOIR_TRY(choir_adapters_unload(pool, request->name));
     const Choir__V1__UnloadAdapterResponse response = CHOIR__V1__UNLOAD_ADAPTER_RESPONSE__INIT;
     choir_call_answer(call, choir_message_pack(&response.base));
     return CHOIR_OK;
@@ -207,9 +210,10 @@ static void free_listing(listing *l)
 static void add_model(const choir_server_model *model, const char *after, uint32_t limit,
                       listing *l)
 {
-    if (model->adapters == NULL) return;
+    choir_adapters *pool = choir_scheduler_adapters(model->scheduler);
+    if (pool == NULL) return;
     choir_adapter_info *infos = l->infos + l->n;
-    uint32_t all = choir_adapters_list(model->adapters, after, infos, limit);
+    uint32_t all = choir_adapters_list(pool, after, infos, limit);
     uint32_t n = all < limit ? all : limit;
     l->more = l->more || all > limit;
     for (uint32_t i = 0; i < n; i++, l->n++) {

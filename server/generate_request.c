@@ -316,8 +316,6 @@ static choir_status check_sampling(const choir_generate_request *r)
 
 /* --- adapters */
 
-enum { MAX_WEIGHT = 8 };
-
 static choir_status take_mix(choir_generate_request *r)
 {
     const Choir__V1__GenerateRequest *m = r->message;
@@ -326,9 +324,9 @@ static choir_status take_mix(choir_generate_request *r)
         if (one->adapter[0] == '\0')
             return choir_fail(CHOIR_E_INVALID, "mix[%zu].adapter is empty; it has 1 to %d bytes", i,
                               NAME_BYTES);
-        if (!(fabsf(one->weight) <= MAX_WEIGHT)) /* NaN is not */
+        if (!(fabsf(one->weight) <= CHOIR_MAX_ADAPTER_WEIGHT)) /* NaN is not */
             return choir_fail(CHOIR_E_INVALID, "mix[%zu].weight is %g; it is -%d to %d", i,
-                              (double)one->weight, MAX_WEIGHT, MAX_WEIGHT);
+                              (double)one->weight, CHOIR_MAX_ADAPTER_WEIGHT, CHOIR_MAX_ADAPTER_WEIGHT);
         for (size_t k = 0; k < i; k++)
             if (strcmp(m->mix[k]->adapter, one->adapter) == 0)
                 return choir_fail(CHOIR_E_INVALID,
@@ -355,9 +353,6 @@ static choir_status resolve_adapters(choir_generate_request *r)
                           "auto_adapter: the router does not choose adapters yet; name one in "
                           "adapter, or leave it out");
     if (!one && m->n_mix == 0) return CHOIR_OK;
-    if (r->model->adapters == NULL)
-        return choir_fail(CHOIR_E_PRECONDITION, "%s: model %s takes no adapters",
-                          one ? "adapter" : "mix", r->model->name);
     r->request.adapters = r->adapters;
     if (!one) return take_mix(r);
     r->adapters[0] = (choir_request_adapter){m->adapter, 1};

@@ -16,8 +16,7 @@ enum { FIRST_BUCKET = 6, LAST_BUCKET = 26 };
 typedef struct writer {
     choir_server *server;
     struct evbuffer *out;
-    choir_scheduler_stats *stats;   /* [n_models] */
-    choir_adapters_stats *adapters; /* [n_models]; those of models that take any */
+    choir_scheduler_stats *stats; /* [n_models] */
     bool failed;
 } writer;
 
@@ -131,33 +130,41 @@ static void put_server(writer *w)
     }
 }
 
-static void put_models(writer *w, choir_numbers numbers, bool streamed_only)
+/* Which models have the numbers. */
+static bool all_models(const writer *w, uint32_t m)
 {
+    (void)w, (void)m;
+    return true;
+}
+
+static bool streams(const writer *w, uint32_t m)
+{
+    return w->stats[m].experts.streamed;
+}
+
+static bool takes_adapters(const writer *w, uint32_t m)
+{
+    return choir_scheduler_adapters(w->server->models[m].scheduler) != NULL;
+}
+
+static bool any_model(const writer *w, bool (*has)(const writer *w, uint32_t m))
+{
+    uint32_t m = 0;
+    while (m < w->server->n_models && !has(w, m)) m++;
+    return m < w->server->n_models;
+}
+
+static void put_models(writer *w, choir_numbers numbers, bool (*has)(const writer *w, uint32_t m))
+{
+    if (!any_model(w, has)) return;
     for (size_t i = 0; i < numbers.n; i++) {
         const choir_number *number = &numbers.at[i];
         put_number_head(w, number);
         for (uint32_t m = 0; m < w->server->n_models; m++) {
-            if (streamed_only && !w->stats[m].experts.streamed) continue;
+            if (!has(w, m)) continue;
             open_labels(w, number->name, "", "model", w->server->models[m].name);
             put_bytes(w, "} ", 2);
             put_value(w, number, &w->stats[m]);
-        }
-    }
-}
-
-static void put_adapters(writer *w)
-{
-    const choir_server *s = w->server;
-    bool any = false;
-    for (uint32_t m = 0; m < s->n_models; m++) any = any || s->models[m].adapters != NULL;
-    for (size_t i = 0; any && i < choir_adapter_numbers.n; i++) {
-        const choir_number *number = &choir_adapter_numbers.at[i];
-        put_number_head(w, number);
-        for (uint32_t m = 0; m < s->n_models; m++) {
-            if (s->models[m].adapters == NULL) continue;
-            open_labels(w, number->name, "", "model", s->models[m].name);
-            put_bytes(w, "} ", 2);
-            put_value(w, number, &w->adapters[m]);
         }
     }
 }
@@ -211,10 +218,8 @@ static void put_heat(writer *w, const choir_server_model *model)
 static void put_experts(writer *w, bool with_heat)
 {
     const choir_server *s = w->server;
-    bool any = false;
-    for (uint32_t m = 0; m < s->n_models; m++) any = any || w->stats[m].experts.streamed;
-    if (!any) return;
-    put_models(w, choir_expert_numbers, true);
+    if (!any_model(w, streams)) return;
+    put_models(w, choir_expert_numbers, streams);
     put_head(w, "choir_expert_streaming_info", "gauge",
              "How experts are read, and who is evicted.");
     for (uint32_t m = 0; m < s->n_models; m++)
@@ -230,27 +235,17 @@ static void put_experts(writer *w, bool with_heat)
         if (w->stats[m].experts.streamed) put_heat(w, &s->models[m]);
 }
 
-static void put_all(writer *w, bool with_heat)
-{
-    put_server(w);
-    put_models(w, choir_model_numbers, false);
-    put_adapters(w);
-    put_experts(w, with_heat);
-}
-
 choir_status choir_metrics_write(choir_server *server, bool with_heat, struct evbuffer *out)
 {
     writer w = {.server = server, .out = out};
     w.stats = choir_calloc(CHOIR_MEM_SERVER, server->n_models, sizeof *w.stats);
-    w.adapters = choir_calloc(CHOIR_MEM_SERVER, server->n_models, sizeof *w.adapters);
-    w.failed = w.stats == NULL || w.adapters == NULL;
-    for (uint32_t m = 0; m < server->n_models && !w.failed; m++) {
-        const choir_server_model *model = &server->models[m];
-        choir_scheduler_get_stats(model->scheduler, &w.stats[m]);
-        if (model->adapters != NULL) choir_adapters_get_stats(model->adapters, &w.adapters[m]);
-    }
-    if (!w.failed) put_all(&w, with_heat);
+    if (w.stats == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the metrics");
+    for (uint32_t m = 0; m < server->n_models; m++)
+        choir_scheduler_get_stats(server->models[m].scheduler, &w.stats[m]);
+    put_server(&w);
+    put_models(&w, choir_model_numbers, all_models);
+    put_models(&w, choir_adapter_numbers, takes_adapters);
+    put_experts(&w, with_heat);
     choir_free(w.stats);
-    choir_free(w.adapters);
     return w.failed ? choir_fail(CHOIR_E_NO_MEMORY, "no memory for the metrics") : CHOIR_OK;
 }

@@ -97,8 +97,8 @@ static const choir_number expert_numbers[] = {
 const choir_numbers choir_expert_numbers = {expert_numbers, sizeof expert_numbers / sizeof *expert_numbers};
 
 #define ADAPTER(from, to, ...) \
-    {MEMBER(choir_adapters_stats, from), MEMBER(Choir__V1__AdapterStats, to), __VA_ARGS__}
-#define ADAPTER_OWN(from, ...) {MEMBER(choir_adapters_stats, from), {0}, __VA_ARGS__}
+    {MEMBER(choir_scheduler_stats, adapters.from), MEMBER(Choir__V1__AdapterStats, to), __VA_ARGS__}
+#define ADAPTER_OWN(from, ...) OWN(adapters.from, __VA_ARGS__)
 static const choir_number adapter_numbers[] = {
     ADAPTER(n_names, registered, GAUGE, "choir_adapters_registered", "Names of adapters."),
     ADAPTER(n_resident, resident, GAUGE, "choir_adapters_resident",
@@ -158,7 +158,7 @@ static void put(const void *from_struct, void *to_struct, const choir_number *nu
         *(uint64_t *)to = *(const uint64_t *)from;
 }
 
-static void put_all(choir_numbers numbers, const void *from, void *to)
+static void put_all(choir_numbers numbers, const choir_scheduler_stats *from, void *to)
 {
     for (size_t i = 0; i < numbers.n; i++) put(from, to, &numbers.at[i]);
 }
@@ -208,14 +208,12 @@ void *choir_stats_fill_heat(const choir_server_model *model, Choir__V1__ExpertSt
     return block;
 }
 
-static void fill_adapters(const choir_server_model *model, Choir__V1__AdapterStats *to)
+static void fill_adapters(const choir_scheduler_stats *s, Choir__V1__AdapterStats *to)
 {
-    choir_adapters_stats s;
-    choir_adapters_get_stats(model->adapters, &s);
     choir__v1__adapter_stats__init(to);
-    put_all(choir_adapter_numbers, &s, to);
-    to->load_ms = (double)s.load_ns / CHOIR_MS;
-    to->wait_ms = (double)s.wait_ns / CHOIR_MS;
+    put_all(choir_adapter_numbers, s, to);
+    to->load_ms = (double)s->adapters.load_ns / CHOIR_MS;
+    to->wait_ms = (double)s->adapters.wait_ns / CHOIR_MS;
 }
 
 void choir_stats_fill_model(const choir_server_model *model, Choir__V1__ModelStats *to,
@@ -229,8 +227,8 @@ void choir_stats_fill_model(const choir_server_model *model, Choir__V1__ModelSta
     to->last_step_ms = (double)s.last_step_ns / CHOIR_MS;
     to->mean_step_ms = ratio(s.step_ns_total, s.n_steps) / CHOIR_MS;
     to->mean_batch_rows = ratio(s.rows_total, s.n_steps);
-    if (model->adapters != NULL) {
-        fill_adapters(model, adapters);
+    if (choir_scheduler_adapters(model->scheduler) != NULL) {
+        fill_adapters(&s, adapters);
         to->adapters = adapters;
     }
     if (!s.experts.streamed) return;

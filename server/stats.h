@@ -30,7 +30,7 @@ typedef enum choir_metric_kind {
 } choir_metric_kind;
 
 typedef struct choir_number {
-    choir_member from; /* of choir_scheduler_stats, choir_adapters_stats, or Choir__V1__ServerStats */
+    choir_member from; /* of choir_scheduler_stats, or of Choir__V1__ServerStats */
     choir_member to;   /* of the message; CHOIR_NUMBER_NONE: GetStats has no such field */
     choir_metric_kind kind;
     bool is_ns; /* shown as seconds */
