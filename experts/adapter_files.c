@@ -53,7 +53,8 @@ int open_by_steps(int folder, const char *path, int flags)
     return -1;
 }
 
-int open_beneath(int folder, const char *path, int flags)
+/* By openat2(), or step by step where the kernel or a seccomp profile has no such call. */
+static int open_beneath(int folder, const char *path, int flags)
 {
     struct open_how how = {.flags = (uint64_t)flags,
                            .resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS};

@@ -3,18 +3,17 @@
  * THREADS As experts/adapters.h. A load and the files that it has open are the loader's alone.
  * ERRORS  None of its own.
  * LIMITS  Invariants, checked by tests/experts/adapters_schedule_test.c:
- *         1. version_move() alone moves a version, and an adapter is there exactly while it is
- * RESIDENT;
+ *         1. version_move() alone moves a version, and an adapter is there exactly while it is RESIDENT;
  *         2. a pinned version is RESIDENT, and a pinned or kept one is not evicted;
- *         3. the bytes of residents and the reservations of loads are within the budget, unless the
- * budget was lowered below what is pinned and being loaded;
+ *         3. the bytes of residents and the reservations of loads are within the budget, unless the budget was
+ *            lowered below what is pinned and being loaded;
  *         4. a version that no name stands for ends with its last claim;
  *         5. a claim that is not pinned is of its name's current version, while the name is there.
  *
- *                        load_begin: there is room            made
+ *                        chosen: there is room                made
  *           REGISTERED ---------------------------> LOADING ----------> RESIDENT
  *             ^    ^                                   |                    |
- *             |    | claimed again after retry_ns      | load_fail          |
+ *             |    | claimed again after retry_ns      | load_end           |
  *             |    +-------------------------- FAILED <+                    |
  *             +------------------------------- evict -----------------------+
  *         A version's end is possible in every state but LOADING: the loader frees it.
@@ -110,8 +109,7 @@ struct choir_adapters {
     pthread_t thread;
     bool threaded;
 
-    pthread_mutex_t
-        lock; /* guards all below but `loads`, of which the loader's alone is all but `version` */
+    pthread_mutex_t lock;         /* guards all below, but `loads`, which are the loader's */
     pthread_cond_t work, settled; /* for the loader; for load() */
     bool stopping, nudged;
     adapter_name **names; /* ascending */
@@ -119,8 +117,8 @@ struct choir_adapters {
     choir_adapter_version **versions;
     uint32_t n_versions, versions_room, n_in_state[N_VERSION_STATES];
     choir_adapter_version *evicted, *ended; /* lists of what the loader frees */
-    uint64_t n_numbered, n_used, n_quarantines, held_bytes,
-        most_overhead; /* overhead: what loading takes besides */
+    uint64_t n_numbered, n_used, n_quarantines;
+    uint64_t held_bytes, most_overhead; /* overhead: what loading takes besides */
     version_sums sums;
     bool blocked; /* a claim of this urgency finds no room */
     int64_t blocked_urgency;
@@ -147,37 +145,34 @@ choir_status files_read_config(const adapter_files *files, const char *name, cha
 /* As much of the tensors as check() wants. choir_free() it. */
 choir_status files_read_header(const adapter_files *files, const char *name, void **out,
                                size_t *bytes) CHOIR_MUST_USE;
-/* An open(2) of what lies beneath a folder, and of nothing else: by openat2(), or step by step,
- * without following links, where the kernel or a seccomp profile has no such call. */
-int open_beneath(int folder, const char *path, int flags);
+/* An open(2) of what lies beneath a folder, step by step, following no links. */
 int open_by_steps(int folder, const char *path, int flags);
 
 /* experts/adapter_versions.c; all under the lock */
-/* Takes over name and path, which it frees; NULL: no memory. */
+/* NULL: no memory. */
 choir_adapter_version *version_create(choir_adapters *pool, const choir_adapter_load *what,
                                       const adapter_files *files, const choir_adapter_facts *facts);
-void version_free(choir_adapters *pool,
-                  choir_adapter_version *v); /* without the lock, adapter and all */
+/* Without the lock, adapter and all. */
+void version_free(choir_adapters *pool, choir_adapter_version *v);
 void version_move(choir_adapters *pool, choir_adapter_version *v, version_state to);
-void version_recount(choir_adapters *pool,
-                     choir_adapter_version *v); /* after whatever changes its sums */
+/* After whatever changes its sums. */
+void version_recount(choir_adapters *pool, choir_adapter_version *v);
 void version_fail(choir_adapters *pool, choir_adapter_version *v, choir_status status,
                   const char *why);
 void version_evict(choir_adapters *pool, choir_adapter_version *v);
-/* No name stands for it any more: its claims that are not pinned go to `next`, unless that is NULL.
- */
+/* No name stands for it any more: claims that are not pinned go to `next`, unless that is NULL. */
 void version_retire(choir_adapters *pool, choir_adapter_version *v, choir_adapter_version *next);
 void version_end_if_idle(choir_adapters *pool, choir_adapter_version *v);
 uint64_t version_overhead(const choir_adapter_version *v);
 int64_t version_urgency(const choir_adapter_version *v); /* of its most urgent claim */
 void claim_link(choir_adapters *pool, choir_adapter_version *v, choir_adapter_claim *claim);
 void claim_unlink(choir_adapters *pool, choir_adapter_claim *claim);
-choir_adapter_version *
-pool_next_load(choir_adapters *pool); /* NULL: nothing is wanted that is not there */
+/* NULL: nothing is wanted that is not there, or on its way. */
+choir_adapter_version *pool_next_load(choir_adapters *pool);
 /* False: there is no room now for so many bytes, and nothing was evicted. */
 bool pool_make_room(choir_adapters *pool, uint64_t bytes, int64_t urgency);
-void pool_shrink(
-    choir_adapters *pool); /* evicts until what is held is within the budget, if it can */
+/* Evicts until what is held is within the budget, if it can. */
+void pool_shrink(choir_adapters *pool);
 /* Whether so many bytes could be had at all, beside those of adapters that are kept. */
 choir_status pool_check_fits(const choir_adapters *pool, const char *name, uint64_t bytes,
                              uint64_t kept) CHOIR_MUST_USE;

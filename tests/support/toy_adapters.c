@@ -36,8 +36,8 @@ static char *tensors_of(const toy_spec *spec, size_t *bytes)
 
 static int config_of(const toy_spec *spec, char *out, size_t room)
 {
-    int n = snprintf(out, room, "virtual %u poison %d spoiled %d invocation", spec->n_virtual,
-                     spec->poison, spec->spoiled);
+    int n = snprintf(out, room, "virtual %u poison %d spoiled %d sole %d invocation",
+                     spec->n_virtual, spec->poison, spec->spoiled, spec->sole);
     for (uint32_t i = 0; i < spec->n_invocation; i++)
         n += snprintf(out + n, room - (size_t)n, " %u", spec->invocation[i]);
     return n;
@@ -63,7 +63,7 @@ uint64_t toy_digest(const toy_spec *spec)
 
 typedef struct settings {
     uint32_t n_virtual;
-    int poison, spoiled;
+    int poison, spoiled, sole;
 } settings;
 
 static choir_status parse(const choir_adapter_file *file, settings *s, choir_adapter_facts *facts)
@@ -72,11 +72,12 @@ static choir_status parse(const choir_adapter_file *file, settings *s, choir_ada
     uint64_t header[3];
     if (file->config == NULL)
         return choir_fail(CHOIR_E_FORMAT, "adapter %s is no GGUF file", file->name);
-    if (sscanf(file->config, "virtual %u poison %d spoiled %d invocation%n", &s->n_virtual,
-               &s->poison, &s->spoiled, &at) != 3 ||
+    if (sscanf(file->config, "virtual %u poison %d spoiled %d sole %d invocation%n", &s->n_virtual,
+               &s->poison, &s->spoiled, &s->sole, &at) != 4 ||
         at == 0)
         return choir_fail(CHOIR_E_FORMAT, "adapter %s: its config is malformed", file->name);
-    *facts = (choir_adapter_facts){.kind = "toy", .max_rank = 8, .n_virtual = s->n_virtual};
+    *facts = (choir_adapter_facts){
+        .kind = "toy", .max_rank = 8, .n_virtual = s->n_virtual, .sole = s->sole != 0};
     int n;
     for (; sscanf(file->config + at, " %u%n", &facts->invocation[facts->n_invocation], &n) == 1;
          at += n)
@@ -127,7 +128,7 @@ choir_status toy_make(void *maker, const choir_adapter_file *file, choir_adapter
     if (a == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "adapter %s: no memory", file->name);
     *a = (toy_adapter){
         digest_of(file->config, file->config_bytes, file->tensors, file->tensor_bytes), header[2],
-        s.poison != 0};
+        s.n_virtual, s.poison != 0};
     *made = (choir_adapter_made){a, a->bytes, a->digest};
     atomic_fetch_add_explicit(&m->n_live, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&m->n_made, 1, memory_order_relaxed);

@@ -11,11 +11,13 @@ typedef struct toy_spec {
     uint32_t bytes; /* of the tensors, and in memory */
     uint32_t n_virtual, n_invocation, invocation[4];
     bool poison;  /* gives NaN logits */
+    bool sole;    /* cannot be mixed */
     bool spoiled; /* its headers are right, its bytes are refused */
 } toy_spec;
 
 typedef struct toy_adapter {
     uint64_t digest, bytes;
+    uint32_t n_virtual;
     bool poison;
 } toy_adapter;
 
