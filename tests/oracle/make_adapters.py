@@ -3,17 +3,18 @@
 
   make_adapters.py [--out tests/fixtures/adapters] [NAME...]       all that are listed below, or those named
 
-OUT/NAME gets adapter_config.json, adapter_model.safetensors and ref.bin, in the form of make_references.py: vocab,
-n_layers, k = 0; its first prompt are 16 tokens with the logits of all positions and the greedy continuation as the
-saved adapter gives them, loaded again, in f32; its second, where PEFT can merge the adapter, the last four of these
-tokens with the logits of the merged model. Virtual tokens are no part of the prompt. A folder with ref.bin alone is
-a mix of the others; MIXES says which.
+OUT/NAME gets adapter_config.json, adapter_model.safetensors (adapter.safetensors of AdapterHub's) and ref.bin, in the
+form of make_references.py: vocab, n_layers, k = 0; its first prompt are 16 tokens with the logits of all positions and
+the greedy continuation as the saved adapter gives them, loaded again, in f32; its second, where PEFT can merge the
+adapter, the last four of these tokens with the logits of the merged model. Virtual tokens are no part of the prompt. A
+folder with ref.bin alone is a mix of the others; MIXES says which.
 
 Weights are random, none zero, and rounded to what the file holds. Two layouts are not PEFT's own: bottlenecks as the
-PEFT of LLM-Adapters writes them (Hu et al. 2023), and as AdapterHub does (Houlsby et al. 2019, Pfeiffer et al. 2020,
-He et al. 2021); neither package installs beside today's transformers, so that these are computed by the few lines of
-Bottleneck below, from the published formulas. Experts with a LoRA each, named as before transformers 5, are written
-and merged by hand; PEFT reads and converts some of them, and gives the results of these. Run from the source root with setup_oracle.sh's Python."""
+PEFT of LLM-Adapters writes them (Hu et al. 2023), and as AdapterHub does (Houlsby et al. 2019, Pfeiffer et al. 2020, He
+et al. 2021); neither package installs beside today's transformers, so that these are computed by the few lines of
+Bottleneck below, from the published formulas. Experts with a LoRA each, named as before transformers 5, are written and
+merged by hand; PEFT reads and converts some of them, and gives the results of these. Run from the source root with
+setup_oracle.sh's Python."""
 import argparse
 import json
 import pathlib
@@ -374,11 +375,12 @@ def hub(name, model, settings, tensors):
 def make_bottleneck(name, folder):
     base, settings = BOTTLENECKS[name]
     model, tensors = base_model(base), {}
-    config = (hub if "mh_adapter" in settings else llm_adapters)(name, model, settings, tensors)
-    config["base_model_name_or_path" if "peft_type" in config else "model_name"] = str(MODELS / base)
+    by_hub = "mh_adapter" in settings
+    config = (hub if by_hub else llm_adapters)(name, model, settings, tensors)
+    config["model_name" if by_hub else "base_model_name_or_path"] = str(MODELS / base)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "adapter_model.safetensors",
-              metadata={"format": "pt"})
+    save_file({key: value.contiguous() for key, value in tensors.items()},
+              folder / ("adapter.safetensors" if by_hub else "adapter_model.safetensors"), metadata={"format": "pt"})
     ids = prompt(model.config.vocab_size, None)
     report(name, base, ids, write_reference(folder, model, ids), None, folder)
 
