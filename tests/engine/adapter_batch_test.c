@@ -99,14 +99,14 @@ static request request_of(const pool *p, uint32_t i)
     if (i < N_ADAPTERS) {
         r.n_uses = 1;
         r.uses[0] = i;
-        r.weights[0] = i % 4 == 3 ? 0.7F : 1;
+        r.weights[0] = i % 4 == 3 && choir_adapter_mixes(p->adapters[i]) ? 0.7F : 1;
         r.n_virtual = p->n_virtual[i];
         r.from = i % 6 == 5 && r.n_virtual == 0 ? 3 + i % 7 : 0;
     } else if (i % 2 == 0) {
-        r.n_uses = i % 4 == 0 ? 3 : 2;
-        for (uint32_t u = 0; u < r.n_uses; u++) {
-            r.uses[u] = N_ADAPTERS - 1 - (i + 5 * u) % 24;
-            r.weights[u] = 0.5F - 0.3F * (float)u;
+        for (uint32_t u = i; r.n_uses < (i % 4 == 0 ? 3 : 2); u += 5) {
+            if (!choir_adapter_mixes(p->adapters[u % N_ADAPTERS])) continue;
+            r.weights[r.n_uses] = 0.5F - 0.3F * (float)r.n_uses;
+            r.uses[r.n_uses++] = u % N_ADAPTERS;
         }
     }
     assert_true(r.n_virtual <= MAX_VIRTUAL);
