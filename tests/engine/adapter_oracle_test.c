@@ -51,6 +51,7 @@ static const fixture fixtures[] = {
     {"attention_llama4", "llama4_standard", true},  {"by_expert_mixtral", "mixtral_odd", true},
     {"by_expert_qwen3_moe", "qwen3_moe_odd", true}, {"by_expert_olmoe", "olmoe_odd", true},
     {"by_expert_qwen2_moe", "qwen2_moe", false},    {"by_expert_deepseek_v2", "deepseek_v2_group", true},
+    {"by_expert_dora", "olmoe_odd", true},
     {"bottleneck_parallel", "yarn", true},          {"bottleneck_series", "yarn", true},
     {"bottleneck_before", "yarn", true},            {"hub_houlsby", "yarn", true},
     {"hub_pfeiffer", "yarn", true},                 {"hub_parallel", "yarn", true},
@@ -92,6 +93,7 @@ static choir_engine *open_engine(const char *base, const char *ending, bool exac
     o.exact = exact;
     o.n_threads = 2;
     o.max_rows = MAX_TOKENS;
+    o.kv_bytes = (uint64_t)4 << 20;
     o.max_context = N_PAGES * CHOIR_PAGE_TOKENS;
     snprintf(path, sizeof path, "tests/fixtures/models/%s%s", base, ending);
     choir_engine *engine;
@@ -158,7 +160,8 @@ static void run_prompt(const setting *s, sequence *q, const uint32_t *ids, uint3
         span.adapters = s->uses;
         span.n_adapters = s->n_uses;
         span.adapter_from = acts_from(s, ids, n);
-        assert_int_equal(choir_engine_step(s->engine, &span, 1), CHOIR_OK);
+        if (choir_engine_step(s->engine, &span, 1) != CHOIR_OK)
+            fail_msg("%s: %s", s->what, choir_error_message());
         if (span.status != CHOIR_OK) fail_msg("%s: %s", s->what, choir_status_text(span.status));
         sequence_advance(q, &span);
     }
