@@ -55,9 +55,13 @@ enum {
     CHOIR_ADAPTER_HAS_IN_SCALE = 32,
     CHOIR_ADAPTER_HAS_WEIGHT = 64,
     CHOIR_ADAPTER_HAS_BIAS = 128,
+    /* `weight` is the file's copy of the base's own matrix: PEFT saves the embeddings beside LoRA on them */
+    CHOIR_ADAPTER_HAS_COPY = 256,
 };
 /* The role EMBEDDING is looked up, not multiplied: its W x is W's row of the token, and A is [rank, vocab], B
- * [hidden, rank]; rows and cols are those of the role's shape, [vocab, hidden]: `b` has `cols` rows there. */
+ * [hidden, rank]; rows and cols are those of the role's shape, [vocab, hidden]: `b` has `cols` rows there, and
+ * `magnitude` as many numbers, for the columns of W + scale (B A)^T. The role HEAD may be there although the base's
+ * head is tied. A norm's `weight` is whole also where a folder's has 1 less. */
 
 typedef struct choir_adapter_data {
     char kind[24]; /* "LoRA", "DoRA", "IA3", "prompt tuning", for people */
@@ -68,8 +72,8 @@ typedef struct choir_adapter_data {
     /* XXH3 over the file's bytes and the settings: changes whenever what it computes does; 0 where only
      * headers were read */
     uint64_t digest;
-    /* Virtual tokens at positions 0 .. n_virtual - 1 before the prompt: rows of the embedding (prompt tuning), or
-     * keys (not rotated) and values (prefix tuning). */
+    /* Virtual tokens at positions 0 .. n_virtual - 1 before the prompt: rows of the embedding (prompt tuning; as the
+     * table has them, before the base's embedding_scale), or keys (not rotated) and values (prefix tuning). */
     uint32_t n_virtual;
     const float *virtual_embeddings;            /* NULL, or [n_virtual, hidden] */
     const float *virtual_keys, *virtual_values; /* NULL, or [n_layers, n_virtual, kv heads * head_dim] */
