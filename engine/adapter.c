@@ -77,6 +77,12 @@ static bool brings(const choir_adapter_change *c, uint32_t arrays)
     return (c->has & arrays) != 0;
 }
 
+/* A copy of the base's own matrix changes nothing. */
+static bool replaces(const choir_adapter_change *c)
+{
+    return brings(c, CHOIR_ADAPTER_HAS_WEIGHT) && !brings(c, CHOIR_ADAPTER_HAS_COPY);
+}
+
 static choir_status check_change(const choir_engine *e, const choir_adapter_change *c)
 {
     uint64_t matrices = attention_roles | dense_roles | expert_roles | other_roles;
@@ -87,9 +93,10 @@ static choir_status check_change(const choir_engine *e, const choir_adapter_chan
         return refuse(c, "a scale of the inputs");
     if (c->series && !has(attention_roles | dense_roles, c->role))
         return refuse(c, "a serial bottleneck");
+    static const uint32_t of_embedding =
+        CHOIR_ADAPTER_HAS_LOW_RANK | CHOIR_ADAPTER_HAS_WEIGHT | CHOIR_ADAPTER_HAS_COPY;
     if (c->role == CHOIR_ROLE_EMBEDDING &&
-        ((c->has & ~(uint32_t)(CHOIR_ADAPTER_HAS_LOW_RANK | CHOIR_ADAPTER_HAS_WEIGHT)) != 0 ||
-         c->act != CHOIR_ADAPTER_LINEAR))
+        ((c->has & ~of_embedding) != 0 || c->act != CHOIR_ADAPTER_LINEAR))
         return refuse(c, "anything but LoRA or new weights");
     if (brings(c, CHOIR_ADAPTER_HAS_MAGNITUDE) && has(expert_roles, c->role) &&
         choir_experts_streamed(e->experts))
@@ -316,7 +323,7 @@ static choir_status make_change(maker *m, const choir_adapter_change *c, adapted
     }
     if (brings(c, CHOIR_ADAPTER_HAS_IN_SCALE))
         out->in_scale = carve_floats(m, c->in_scale, c->cols);
-    if (brings(c, CHOIR_ADAPTER_HAS_WEIGHT)) CHOIR_TRY(pack_weight(m, c, &out->weight));
+    if (replaces(c)) CHOIR_TRY(pack_weight(m, c, &out->weight));
     return c->rank > 0 ? pack_pair(m, c, out) : CHOIR_OK;
 }
 
@@ -326,7 +333,7 @@ static void note_change(choir_adapter *a, const adapted *x)
     a->roles |= bit;
     if (x->series) a->series_roles |= bit;
     if (x->in_scale != NULL) a->in_scale_roles |= bit;
-    if (x->weight.rows > 0 || x->vector != NULL) a->mixes = false;
+    if (x->weight.rows > 0 || x->vector != NULL || x->in_scale != NULL) a->mixes = false;
 }
 
 static void index_changes(const choir_engine *e, const choir_adapter_data *d, uint32_t *first)
