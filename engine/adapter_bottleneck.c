@@ -66,7 +66,7 @@ static choir_status read_rank(const choir_adapter_reader *r, const choir_adapter
                               uint32_t *out)
 {
     double rank = down->n_dims == 2 ? (double)down->dims[0] : 0;
-    CHOIR_TRY(choir_adapter_check_rank(r, rank, down->name));
+    CHOIR_TRY(choir_adapter_check_rank(r, rank, "the width", down->name));
     *out = (uint32_t)rank;
     return CHOIR_OK;
 }
