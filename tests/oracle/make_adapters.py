@@ -74,6 +74,8 @@ CASES = {
     "saved_norms": case("gemma2", lora(target_modules=["q_proj", "o_proj"], modules_to_save=["pre_feedforward_layernorm"])),
     "ia3": case("yarn", lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"],
                                           feedforward_modules=["down_proj"], task_type="CAUSAL_LM"), "f32"),
+    "ia3_outputs": case("yarn", lambda: IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[],
+                                                  task_type="CAUSAL_LM")),
     "ia3_bias": case("linear", lambda: IA3Config(target_modules=["k_proj", "v_proj", "up_proj", "down_proj"],
                                                  feedforward_modules=["down_proj"], task_type="CAUSAL_LM")),
     "vera": case("yarn", lambda: VeraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=6, d_initial=0.3,
@@ -120,19 +122,20 @@ CASES = {
 }
 
 # Adapters with a LoRA for each expert, named as before transformers 5: base, rank, alpha, the experts' parts (gate, up,
-# down), other modules' last names, whether PEFT reads that.
+# down), other modules' last names, whether PEFT reads that, whether it is DoRA.
 BY_EXPERT = {
-    "by_expert_mixtral": ("mixtral_odd", 2, 3, ["w1", "w3", "w2"], ["gate"], True),
-    "by_expert_qwen3_moe": ("qwen3_moe_odd", 3, 6, MLP, ["q_proj"], True),
-    "by_expert_olmoe": ("olmoe_odd", 2, 4, MLP, ["gate", "o_proj"], True),
-    "by_expert_qwen2_moe": ("qwen2_moe", 2, 4, MLP, [*MLP, "shared_expert_gate", "gate", "k_proj"], False),
-    "by_expert_deepseek_v2": ("deepseek_v2_group", 1, 2, MLP, [*MLP, "kv_a_proj_with_mqa"], False),
+    "by_expert_mixtral": ("mixtral_odd", 2, 3, ["w1", "w3", "w2"], ["gate"], True, False),
+    "by_expert_qwen3_moe": ("qwen3_moe_odd", 3, 6, MLP, ["q_proj"], True, False),
+    "by_expert_olmoe": ("olmoe_odd", 2, 4, MLP, ["gate", "o_proj"], True, False),
+    "by_expert_qwen2_moe": ("qwen2_moe", 2, 4, MLP, [*MLP, "shared_expert_gate", "gate", "k_proj"], False, False),
+    "by_expert_deepseek_v2": ("deepseek_v2_group", 1, 2, MLP, [*MLP, "kv_a_proj_with_mqa"], False, False),
+    "by_expert_dora": ("olmoe_odd", 2, 4, MLP, ["v_proj"], False, True),
 }
 
 # name: base, (adapter, weight) ...: what each changes counts so much, y = y0 + sum of weight (y_i - y0)
 MIXES = {
     "mix_lora": ("yarn", [("lora", 0.75), ("patterns", -0.5), ("some_layers", 1.25)]),
-    "mix_kinds": ("yarn", [("dora", 0.5), ("ia3", 0.75), ("vera", -0.25), ("bottleneck_parallel", 0.5)]),
+    "mix_kinds": ("yarn", [("dora", 0.5), ("ia3_outputs", 0.75), ("vera", -0.25), ("bottleneck_parallel", 0.5)]),
 }
 
 # name: base, how the adapter lies, its size, activation, scaling, the modules; "hub" says where AdapterHub puts it.
@@ -284,7 +287,7 @@ def modules_by_expert(model, parts, others):
 
 
 def make_by_expert(name, folder):
-    base, rank, alpha, parts, others, by_peft = BY_EXPERT[name]
+    base, rank, alpha, parts, others, by_peft, dora = BY_EXPERT[name]
     merged, tensors = base_model(base), {}
     for module, weight in modules_by_expert(merged, parts, others).items():
         at = f"base_model.model.{module}.lora_"
@@ -292,7 +295,12 @@ def make_by_expert(name, folder):
         b = noise(at + "B", (weight.shape[0], rank), 0.25).bfloat16()
         weight += alpha / rank * b.float() @ a.float()
         tensors |= {at + "A.weight": a, at + "B.weight": b}
-    LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*parts, *others], task_type="CAUSAL_LM",
+        if dora:
+            norms = weight.norm(dim=1)
+            m = (norms * (1 + noise(at + "m", norms.shape, 0.2))).bfloat16()
+            weight *= (m.float() / norms)[:, None]
+            tensors[at + "magnitude_vector"] = m
+    LoraConfig(r=rank, lora_alpha=alpha, use_dora=dora, target_modules=[*parts, *others], task_type="CAUSAL_LM",
                inference_mode=True).save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     tidy(folder, base, "bf16")

@@ -118,7 +118,8 @@ static void fill(random_adapter *r, random_adapter_kind kind, choir_adapter_chan
                (kind == RANDOM_EXPERTS &&
                 (choir_role_is_routed(c->role) || c->role == CHOIR_ROLE_ROUTER))) {
         add_low_rank(r, c);
-    } else if (kind == RANDOM_DORA && c->role != CHOIR_ROLE_EMBEDDING) {
+    } else if (kind == RANDOM_DORA && c->role != CHOIR_ROLE_EMBEDDING &&
+               !choir_role_is_routed(c->role)) {
         add_low_rank(r, c);
         c->magnitude = numbers(r, c->rows, 1, 0.3);
         c->has |= CHOIR_ADAPTER_HAS_MAGNITUDE;

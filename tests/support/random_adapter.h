@@ -4,11 +4,12 @@
 
 /* What it changes. */
 typedef enum random_adapter_kind {
-    RANDOM_LORA,       /* every matrix, embedding and head included */
-    RANDOM_ATTENTION,  /* LoRA there alone */
-    RANDOM_EXPERTS,    /* LoRA on routed experts and on the gate */
-    RANDOM_DORA,       /* every matrix but the embedding */
-    RANDOM_IA3,        /* keys, values, the feed-forward's inputs */
+    RANDOM_LORA,      /* every matrix, embedding and head included */
+    RANDOM_ATTENTION, /* LoRA there alone */
+    RANDOM_EXPERTS,   /* LoRA on routed experts and on the gate */
+    RANDOM_DORA, /* every matrix but the embedding and routed experts, whose norms want all weights
+                    in memory */
+    RANDOM_IA3,  /* keys, values, the feed-forward's inputs */
     RANDOM_BOTTLENECK, /* beside some and behind others, with biases */
     RANDOM_SAVED,      /* LoRA, other norms, another matrix in place of one */
     N_RANDOM_KINDS
