@@ -35,7 +35,7 @@ static const fixture fixtures[] = {
     {"bias_lora_only", "linear", true},             {"embeddings", "yarn", true},
     {"embeddings_tied", "granite", true},           {"saved", "yarn", true},
     {"saved_tied", "smollm3", true},                {"saved_norms", "gemma2", true},
-    {"ia3", "yarn", true},                          {"ia3_bias", "linear", true},
+    {"ia3", "yarn", true},                          {"ia3_values", "yarn", true},                   {"ia3_bias", "linear", true},
     {"vera", "yarn", true},                         {"prompt_tuning", "yarn", true},
     {"prompt_tuning_gemma", "gemma2", true},        {"p_tuning", "qwen3", true},
     {"prefix_tuning", "yarn", true},                {"prefix_tuning_projected", "phi3", true},
@@ -71,7 +71,7 @@ typedef struct mix {
 } mix;
 static const mix mixes[] = {
     {"mix_lora", "yarn", 3, {{"lora", 0.75F}, {"patterns", -0.5F}, {"some_layers", 1.25F}}},
-    {"mix_kinds", "yarn", 4, {{"dora", 0.5F}, {"ia3", 0.75F}, {"vera", -0.25F}, {"bottleneck_parallel", 0.5F}}},
+    {"mix_kinds", "yarn", 4, {{"dora", 0.5F}, {"ia3_values", 0.75F}, {"vera", -0.25F}, {"bottleneck_parallel", 0.5F}}},
 };
 // clang-format on
 enum { N_FIXTURES = sizeof fixtures / sizeof *fixtures, N_MIXES = sizeof mixes / sizeof *mixes };
