@@ -44,9 +44,12 @@ static choir_status reserve(choir_engine *e)
     step *s = &e->step;
     static const uint64_t routed =
         CHOIR_ROLE_BIT(EXPERT_GATE) | CHOIR_ROLE_BIT(EXPERT_UP) | CHOIR_ROLE_BIT(EXPERT_DOWN);
+    static const uint64_t of_heads = CHOIR_ROLE_BIT(ATTN_K_B) | CHOIR_ROLE_BIT(ATTN_V_B);
     size_t rows = s->n_rows, ranks = s->n_ranks > MIN_RANKS ? s->n_ranks : MIN_RANKS;
     /* Slots' buffers lie behind the rows'. */
     if ((s->adapted_roles & routed) != 0) rows += rows * e->config.n_experts_used;
+    /* Each worker has a head of all rows at a time. */
+    if ((s->adapted_roles & of_heads) != 0) rows *= e->n_threads;
     s->n_ranks = (uint32_t)ranks;
     s->low_rank_floats = (rows + 1) * ranks;
     size_t bytes = ADAPT_BUFFERS * s->low_rank_floats * sizeof(float);
@@ -158,15 +161,14 @@ static void finish_low_rank(const adapted *c, float weight, float *t)
     }
 }
 
-static void shrink(choir_engine *e, const adapt_target *t, activations in, size_t begin, size_t end,
-                   bool series)
+static void shrink(choir_engine *e, const adapt_target *t, activations in, size_t begin, size_t end)
 {
     step *s = &e->step;
     size_t i = begin, first;
     for (const adapter_run *run; (run = next_rows(s, t, &i, end, &first)) != NULL;)
         for (uint32_t u = 0; u < run->n_uses; u++) {
             const adapted *c = change_of(run, u, t);
-            if (c == NULL || c->a.rank == 0 || c->series != series) continue;
+            if (c == NULL || c->a.rank == 0 || c->series || c->residual) continue;
             float *low = low_rank_of(s, t, run, u, first);
             e->kernels->shrink(&c->a, in.x + first * in.ldx, in.ldx, (uint32_t)(i - first), low,
                                s->n_ranks);
@@ -178,13 +180,36 @@ static void shrink(choir_engine *e, const adapt_target *t, activations in, size_
 void choir_adapt_shrink(choir_engine *e, const adapt_target *t, activations in, uint32_t begin,
                         uint32_t end)
 {
-    if (choir_adapts(e, t->role)) shrink(e, t, in, begin, end, false);
+    if (choir_adapts(e, t->role)) shrink(e, t, in, begin, end);
+}
+
+/* A z of one row where z is y0, the residual stream, or their sum: A y0 + A x. */
+static void shrink_row(const choir_engine *e, const adapted *c, const float *y, const float *x,
+                       float weight, float *low)
+{
+    float more[CHOIR_ADAPTER_MAX_RANK];
+    e->kernels->shrink(&c->a, c->series ? y : x, 0, 1, low, 0);
+    if (c->series && c->residual) {
+        e->kernels->shrink(&c->a, x, 0, 1, more, 0);
+        e->kernels->add(low, more, c->a.rank);
+    }
+    finish_low_rank(c, weight, low);
 }
 
 void choir_adapt_shrink_outputs(choir_engine *e, const adapt_target *t, activations y,
                                 uint32_t begin, uint32_t end)
 {
-    if (choir_adapts_series(e, t->role)) shrink(e, t, y, begin, end, true);
+    step *s = &e->step;
+    size_t i = begin, first;
+    if (!choir_adapts_series(e, t->role)) return;
+    for (const adapter_run *run; (run = next_rows(s, t, &i, end, &first)) != NULL;)
+        for (uint32_t u = 0; u < run->n_uses; u++) {
+            const adapted *c = change_of(run, u, t);
+            if (c == NULL || !(c->series || c->residual)) continue;
+            for (size_t at = first; at < i; at++)
+                shrink_row(e, c, y.x + at * y.ldx, s->x + at * e->config.hidden,
+                           run->uses[u].weight, low_rank_of(s, t, run, u, at));
+        }
 }
 
 /* Of a run's changes of a matrix those that scale what goes in, or comes out, and their weights. */
@@ -279,7 +304,7 @@ void choir_adapt_row(choir_engine *e, const adapt_target *t, uint32_t at, activa
     if (!choir_adapts(e, t->role)) return;
     const adapter_run *run = next_rows(&e->step, t, &i, (size_t)at + 1, &first);
     if (run == NULL) return;
-    shrink(e, t, in, at, (size_t)at + 1, false);
+    shrink(e, t, in, at, (size_t)at + 1);
     expand_run(e, run, t, in, at, (size_t)at + 1, y - (size_t)at * n, n, 0, n);
 }
 

@@ -139,20 +139,21 @@ typedef struct hub {
     choir_adapter_act act;
     float scale;
     bool learned, by_channel;
+    bool parallel,
+        sums; /* it takes the residual stream r; r + h, with h of the block; else h alone */
 } hub;
 
-/* What an option must be for the adapter to lie behind the block's last matrix, y + up f(down y):
- * with another value it takes the residual stream, or norms of its own. */
+/* What an option must be for the adapter to lie behind the block's last matrix: with another value
+ * it has norms of its own, or gates. */
 static choir_status check_options(const hub *h)
 {
     static const struct {
         const char *name;
         bool value,
             otherwise; /* otherwise: what AdapterHub takes where the option is not written */
-    } options[] = {{"original_ln_before", false, false}, {"original_ln_after", true, true},
-                   {"ln_before", false, false},          {"ln_after", false, false},
-                   {"is_parallel", false, false},        {"use_gating", false, false},
-                   {"phm_layer", false, false},          {"inv_adapter", false, false},
+    } options[] = {{"original_ln_after", true, true}, {"ln_before", false, false},
+                   {"ln_after", false, false},        {"use_gating", false, false},
+                   {"phm_layer", false, false},       {"inv_adapter", false, false},
                    {"cross_adapter", false, false}};
     const choir_adapter_reader *r = h->reader;
     for (size_t i = 0; i < sizeof options / sizeof *options; i++) {
@@ -229,7 +230,8 @@ static choir_status read_hub_pair(const hub *h, choir_adapter_tensor *down)
         .b_bias = choir_adapter_beside(r, down->name, suffix, ".adapter_up.bias"),
         .scale = h->scale,
         .act = h->act,
-        .series = true};
+        .series = !h->parallel,
+        .residual = h->parallel || h->sums};
     choir_adapter_tensor *scale = choir_adapter_beside(r, down->name, suffix, ".scaling");
     if (p.b == NULL)
         return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no adapter_up.weight beside it",
@@ -250,6 +252,8 @@ choir_status choir_adapter_read_hub(choir_adapter_reader *r)
     const json_t *scaling = json_object_get(h.config, "scaling");
     snprintf(r->data->kind, sizeof r->data->kind, "bottleneck");
     CHOIR_TRY(check_options(&h));
+    h.parallel = !choir_adapter_is_off(json_object_get(h.config, "is_parallel"));
+    h.sums = !choir_adapter_is_off(json_object_get(h.config, "original_ln_before"));
     const char *name = json_is_string(act) ? json_string_value(act) : "";
     char lower[40];
     size_t n = 0;

@@ -25,7 +25,8 @@ typedef enum choir_adapter_act {
 
 /* The change of one matrix W [rows, cols] of the base. With y0 = W x (or weight x) before any bias:
  *   n  = 1, or with a magnitude m: m / |W + scale B A| by rows (Liu et al. 2024, DoRA, equation 5)
- *   z  = in_scale · x (which W is given too), or y0 + the base's bias where `series`
+ *   z  = in_scale · x (which W is given too); or y0 + the base's bias where `series`, the residual stream before
+ *        its block's sum where `residual`, or both together
  *   y  = out_scale · (n · y0 + n · scale (B f(A z + a_bias) + b_bias) + the bias)
  * Arrays are f32; those that a change does not have are NULL. The rows are in the order of the base as it is
  * loaded: permuted where its rope is interleaved and the adapter's is not, cut where the file fuses matrices. */
@@ -36,8 +37,8 @@ typedef struct choir_adapter_change {
     uint32_t rank; /* 0: no A and B */
     float scale;
     choir_adapter_act act;
-    bool series;
-    const float *a, *a_bias;   /* [rank, cols] ([rank, rows] where `series`), [rank] */
+    bool series, residual;     /* residual: of a block's last matrix */
+    const float *a, *a_bias;   /* [rank, cols] ([rank, rows] where `series` or `residual`), [rank] */
     const float *b, *b_bias;   /* [rows, rank], [rows] */
     const float *magnitude;    /* [rows] */
     const float *out_scale;    /* [rows] */

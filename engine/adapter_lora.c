@@ -172,7 +172,8 @@ static choir_status add_any(const lora *l, const choir_adapter_spot *spot, const
     if (embedding != (place->role == CHOIR_ROLE_EMBEDDING) || choir_adapter_is_vector(place->role))
         return choir_adapter_refuse(r, p->a->name);
     if (embedding) return choir_adapter_add_embedding(r, spot, p);
-    if (!place->stacked) return choir_adapter_add_pair(r, spot, p);
+    if (!place->stacked || choir_adapter_is_of_heads(place))
+        return choir_adapter_add_pair(r, spot, p);
     p->swapped = is_swapped(l, place);
     if (p->b_bias != NULL || p->magnitude != NULL)
         return choir_fail(CHOIR_E_UNIMPLEMENTED,

@@ -5,14 +5,76 @@
 #include <inttypes.h>
 #include <string.h>
 
+static void turn(const float *from, size_t rows, size_t cols, float *to)
+{
+    for (size_t i = 0; i < rows; i++)
+        for (size_t k = 0; k < cols; k++) to[k * rows + i] = from[i * cols + k];
+}
+
+/* kv_b_proj of latent attention makes every head's keys and values of the latent, and the base has
+ * it head by head: a key's part turned, since it is multiplied into the query. With B's rows of a
+ * head, W_k + B_k A is turned to W_k^T + A^T B_k^T: the factors change places. */
+static choir_status add_head(choir_adapter_reader *r, const choir_adapter_spot *spot,
+                             uint32_t place, const choir_adapter_pair *p, const float *a,
+                             const float *b, uint32_t head)
+{
+    const choir_model_config *m = r->base;
+    bool keys = spot->places[place]->role == CHOIR_ROLE_ATTN_K_B;
+    size_t rank = p->rank, n = keys ? m->nope_dim : m->value_dim, latent = m->kv_lora_rank;
+    choir_adapter_change c = choir_adapter_begin(r, spot->places[place], spot->layer, head);
+    c.rank = p->rank;
+    c.scale = p->scale;
+    c.has = CHOIR_ADAPTER_HAS_LOW_RANK;
+    c.a = a;
+    if (b != NULL) {
+        b += (head * ((size_t)m->nope_dim + m->value_dim) + (keys ? 0 : m->nope_dim)) * rank;
+        c.b = b;
+    }
+    if (b != NULL && keys) {
+        float *from_query, *to_latent;
+        CHOIR_TRY(choir_adapter_floats(r, rank * n, &from_query));
+        CHOIR_TRY(choir_adapter_floats(r, latent * rank, &to_latent));
+        turn(b, n, rank, from_query);
+        turn(a, rank, latent, to_latent);
+        c.a = from_query;
+        c.b = to_latent;
+    }
+    return choir_adapter_add(r, &c, p->a->name);
+}
+
+static choir_status add_to_heads(choir_adapter_reader *r, const choir_adapter_spot *spot,
+                                 const choir_adapter_pair *p)
+{
+    const choir_model_config *m = r->base;
+    const float *a, *b;
+    uint64_t rows = (uint64_t)m->n_heads * (m->nope_dim + m->value_dim);
+    CHOIR_TRY(choir_adapter_expect(r, p->a, p->rank, m->kv_lora_rank));
+    CHOIR_TRY(choir_adapter_expect(r, p->b, rows, p->rank));
+    if (p->a_bias != NULL || p->b_bias != NULL || p->magnitude != NULL ||
+        p->act != CHOIR_ADAPTER_LINEAR || p->series)
+        return choir_fail(
+            CHOIR_E_UNIMPLEMENTED,
+            "%s: tensor '%.200s' changes kv_b_proj of latent attention, which Choir multiplies "
+            "into "
+            "queries and outputs head by head: it takes LoRA there, without DoRA and biases",
+            r->name, p->a->name);
+    CHOIR_TRY(choir_adapter_read(r, p->a, NULL, &a));
+    CHOIR_TRY(choir_adapter_read(r, p->b, NULL, &b));
+    for (uint32_t i = 0; i < spot->n_places; i++)
+        for (uint32_t head = 0; head < m->n_heads; head++)
+            CHOIR_TRY(add_head(r, spot, i, p, a, b, head));
+    return CHOIR_OK;
+}
+
 /* A pair of one matrix, or of several that lie in one: they share A, and each has its rows of B. */
 choir_status choir_adapter_add_pair(choir_adapter_reader *r, const choir_adapter_spot *spot,
                                     const choir_adapter_pair *p)
 {
     const float *a, *a_bias = NULL;
     uint64_t rows, cols;
+    if (choir_adapter_is_of_heads(spot->places[0])) return add_to_heads(r, spot, p);
     choir_adapter_whole_shape(r, spot->places[0], &rows, &cols);
-    CHOIR_TRY(choir_adapter_expect(r, p->a, p->rank, p->series ? rows : cols));
+    CHOIR_TRY(choir_adapter_expect(r, p->a, p->rank, p->series || p->residual ? rows : cols));
     CHOIR_TRY(choir_adapter_expect(r, p->b, rows, p->rank));
     if (p->a_bias != NULL) CHOIR_TRY(choir_adapter_expect(r, p->a_bias, 0, p->rank));
     if (p->b_bias != NULL) CHOIR_TRY(choir_adapter_expect(r, p->b_bias, 0, rows));
@@ -30,6 +92,7 @@ choir_status choir_adapter_add_pair(choir_adapter_reader *r, const choir_adapter
         c.scale = p->scale;
         c.act = p->act;
         c.series = p->series;
+        c.residual = p->residual;
         c.a = a;
         c.a_bias = a_bias;
         c.has = CHOIR_ADAPTER_HAS_LOW_RANK | (p->a_bias != NULL ? CHOIR_ADAPTER_HAS_A_BIAS : 0);
@@ -45,12 +108,6 @@ choir_status choir_adapter_add_pair(choir_adapter_reader *r, const choir_adapter
         CHOIR_TRY(choir_adapter_add(r, &c, p->a->name));
     }
     return CHOIR_OK;
-}
-
-static void turn(const float *from, size_t rows, size_t cols, float *to)
-{
-    for (size_t i = 0; i < rows; i++)
-        for (size_t k = 0; k < cols; k++) to[k * rows + i] = from[i * cols + k];
 }
 
 /* A token's row of the table and its column of A. PEFT has A as [rank, vocab], llama.cpp its

@@ -192,12 +192,13 @@ choir_status choir_adapter_check_spot(const choir_adapter_reader *r, const choir
                           tensor, spot->layer, c->n_layers);
     for (uint32_t i = 0; i < spot->n_places; i++) {
         choir_role role = spot->places[i]->role;
-        if (role == CHOIR_ROLE_ATTN_K_B || role == CHOIR_ROLE_ATTN_V_B)
-            return choir_fail(
-                CHOIR_E_UNIMPLEMENTED,
-                "%s: tensor '%.200s' changes kv_b_proj of latent attention, which Choir "
-                "multiplies into queries and outputs head by head and cannot adapt",
-                r->name, tensor);
+        bool of_heads = role == CHOIR_ROLE_ATTN_K_B || role == CHOIR_ROLE_ATTN_V_B;
+        if (of_heads && spot->places[i]->part == CHOIR_PART_ALL)
+            return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                              "%s: tensor '%.200s' is of one part of latent attention's kv_b_proj; "
+                              "Choir adapts it as "
+                              "a whole, in PEFT's layout",
+                              r->name, tensor);
         /* A tied head is the embedding's matrix, and can be adapted as if it were its own. */
         bool has = choir_role_in_layer(c, role, spot->layer) || role == CHOIR_ROLE_HEAD;
         if (!has)

@@ -126,13 +126,19 @@ choir_status choir_adapter_add(choir_adapter_reader *reader, const choir_adapter
 choir_status choir_adapter_refuse(const choir_adapter_reader *reader,
                                   const char *tensor) CHOIR_MUST_USE;
 
+/* Head by head of one matrix: kv_b_proj of latent attention. */
+static inline bool choir_adapter_is_of_heads(const choir_adapter_place *place)
+{
+    return place->part == CHOIR_PART_HEAD_K || place->part == CHOIR_PART_HEAD_V;
+}
+
 /* adapter_pair.c. The tensors are marked as used; what is not there is NULL. */
 typedef struct choir_adapter_pair {
     choir_adapter_tensor *a, *a_bias, *b, *b_bias, *magnitude;
     uint32_t rank;
     float scale;
     choir_adapter_act act;
-    bool series;
+    bool series, residual;
     bool swapped; /* of stacked experts: A is beside the outputs, where the shapes leave it open */
 } choir_adapter_pair;
 choir_status choir_adapter_add_pair(choir_adapter_reader *reader, const choir_adapter_spot *spot,

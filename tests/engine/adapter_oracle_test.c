@@ -35,8 +35,9 @@ static const fixture fixtures[] = {
     {"bias_lora_only", "linear", true},             {"embeddings", "yarn", true},
     {"embeddings_tied", "granite", true},           {"saved", "yarn", true},
     {"saved_tied", "smollm3", true},                {"saved_norms", "gemma2", true},
-    {"ia3", "yarn", true},                          {"ia3_values", "yarn", true},                   {"ia3_bias", "linear", true},
-    {"vera", "yarn", true},                         {"prompt_tuning", "yarn", true},
+    {"ia3", "yarn", true},                          {"ia3_bias", "linear", true},
+    {"ia3_outputs", "yarn", true},                  {"vera", "yarn", true},
+                        {"prompt_tuning", "yarn", true},
     {"prompt_tuning_gemma", "gemma2", true},        {"p_tuning", "qwen3", true},
     {"prefix_tuning", "yarn", true},                {"prefix_tuning_projected", "phi3", true},
     {"alora", "yarn", true},                        {"phi3_fused", "phi3", true},
@@ -53,12 +54,19 @@ static const fixture fixtures[] = {
     {"by_expert_qwen2_moe", "qwen2_moe", false},    {"by_expert_deepseek_v2", "deepseek_v2_group", true},
     {"by_expert_dora", "olmoe_odd", true},
     {"bottleneck_parallel", "yarn", true},          {"bottleneck_series", "yarn", true},
-    {"bottleneck_before", "yarn", true},            {"hub_houlsby", "yarn", true},
-    {"hub_pfeiffer", "yarn", true},                 {"hub_parallel", "yarn", true},
+    {"hub_houlsby", "yarn", true},                  {"hub_pfeiffer", "yarn", true},
+    {"hub_parallel", "yarn", true},
     /* llama.cpp's files of the folders of these names */
     {"lora.gguf", "yarn", true},                    {"lora_f16.gguf", "llama", true},
     {"alora.gguf", "yarn", true},                   {"embeddings.gguf", "yarn", true},
     {"by_expert_mixtral.gguf", "mixtral_odd", true}, {"by_expert_qwen3_moe.gguf", "qwen3_moe_odd", true},
+};
+
+/* What Choir refuses, and words of the sentence that says why. */
+static const struct {
+    const char *name, *base, *why;
+} refused[] = {
+    {"bottleneck_before", "yarn", "gate_proj.adapter_down.weight': without use_parallel_adapter"},
 };
 
 typedef struct mix {
@@ -71,10 +79,14 @@ typedef struct mix {
 } mix;
 static const mix mixes[] = {
     {"mix_lora", "yarn", 3, {{"lora", 0.75F}, {"patterns", -0.5F}, {"some_layers", 1.25F}}},
-    {"mix_kinds", "yarn", 4, {{"dora", 0.5F}, {"ia3_values", 0.75F}, {"vera", -0.25F}, {"bottleneck_parallel", 0.5F}}},
+    {"mix_kinds", "yarn", 4, {{"dora", 0.5F}, {"ia3_outputs", 0.75F}, {"vera", -0.25F}, {"bottleneck_parallel", 0.5F}}},
 };
 // clang-format on
-enum { N_FIXTURES = sizeof fixtures / sizeof *fixtures, N_MIXES = sizeof mixes / sizeof *mixes };
+enum {
+    N_FIXTURES = sizeof fixtures / sizeof *fixtures,
+    N_MIXES = sizeof mixes / sizeof *mixes,
+    N_REFUSED = sizeof refused / sizeof *refused,
+};
 
 /* A model with what one request has of adapters. */
 typedef struct setting {
@@ -245,7 +257,7 @@ static void compare_exact(const setting *s, const reference *r, worst *w)
     free(chunked);
 }
 
-/* The fast path: bf16 adapters, weights as they are, f16 keys and values. The best token may be
+/* The fast path: f16 adapters, weights as they are, f16 keys and values. The best token may be
  * another one only where the reference's two best are as close as the path is exact. */
 static void compare_fast(const setting *s, const reference *r, worst *w)
 {
@@ -329,6 +341,21 @@ static void test_fast(void **state)
 }
 
 /* A folder that the tables forget would be compared with nothing. */
+static void test_refused(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < N_REFUSED; i++) {
+        char path[256];
+        choir_adapter_data *data;
+        choir_engine *engine = open_engine(refused[i].base, "", true);
+        snprintf(path, sizeof path, ADAPTERS "/%s", refused[i].name);
+        assert_int_equal(choir_adapter_data_open(choir_engine_config(engine), path, &data),
+                         CHOIR_E_UNIMPLEMENTED);
+        assert_non_null(strstr(choir_error_message(), refused[i].why));
+        choir_engine_close(engine);
+    }
+}
+
 static void test_none_is_forgotten(void **state)
 {
     (void)state;
@@ -339,18 +366,21 @@ static void test_none_is_forgotten(void **state)
         for (size_t k = 0; k < N_FIXTURES; k++)
             known |= strcmp(names[i]->d_name, fixtures[k].name) == 0;
         for (size_t k = 0; k < N_MIXES; k++) known |= strcmp(names[i]->d_name, mixes[k].name) == 0;
+        for (size_t k = 0; k < N_REFUSED; k++)
+            known |= strcmp(names[i]->d_name, refused[k].name) == 0;
         if (!known) fail_msg("%s is in no table", names[i]->d_name);
         n_seen += names[i]->d_name[0] != '.';
         free(names[i]);
     }
     free(names);
-    assert_int_equal(n_seen, N_FIXTURES + N_MIXES);
+    assert_int_equal(n_seen, N_FIXTURES + N_MIXES + N_REFUSED);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_none_is_forgotten),
+        cmocka_unit_test(test_refused),
         cmocka_unit_test(test_exact),
         cmocka_unit_test(test_fast),
     };

@@ -74,8 +74,8 @@ CASES = {
     "saved_norms": case("gemma2", lora(target_modules=["q_proj", "o_proj"], modules_to_save=["pre_feedforward_layernorm"])),
     "ia3": case("yarn", lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"],
                                           feedforward_modules=["down_proj"], task_type="CAUSAL_LM"), "f32"),
-    "ia3_values": case("yarn", lambda: IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[],
-                                                 task_type="CAUSAL_LM")),
+    "ia3_outputs": case("yarn", lambda: IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[],
+                                                  task_type="CAUSAL_LM")),
     "ia3_bias": case("linear", lambda: IA3Config(target_modules=["k_proj", "v_proj", "up_proj", "down_proj"],
                                                  feedforward_modules=["down_proj"], task_type="CAUSAL_LM")),
     "vera": case("yarn", lambda: VeraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=6, d_initial=0.3,
@@ -135,7 +135,7 @@ BY_EXPERT = {
 # name: base, (adapter, weight) ...: what each changes counts so much, y = y0 + sum of weight (y_i - y0)
 MIXES = {
     "mix_lora": ("yarn", [("lora", 0.75), ("patterns", -0.5), ("some_layers", 1.25)]),
-    "mix_kinds": ("yarn", [("dora", 0.5), ("ia3_values", 0.75), ("vera", -0.25), ("bottleneck_parallel", 0.5)]),
+    "mix_kinds": ("yarn", [("dora", 0.5), ("ia3_outputs", 0.75), ("vera", -0.25), ("bottleneck_parallel", 0.5)]),
 }
 
 # name: base, how the adapter lies, its size, activation, scaling, the modules; "hub" says where AdapterHub puts it.
