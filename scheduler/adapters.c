@@ -224,9 +224,9 @@ bool adapters_fetched(choir_scheduler *s, request *r)
 void adapters_end_failed(choir_scheduler *s)
 {
     if (s->engine.adapters == NULL) return;
-    uint64_t n = choir_adapters_n_failures(s->engine.adapters);
-    if (n == s->n_adapter_failures) return;
-    s->n_adapter_failures = n;
+    uint64_t n = choir_adapters_bad_news(s->engine.adapters);
+    if (n == s->n_bad_news) return;
+    s->n_bad_news = n;
     for (uint32_t i = 0; i < s->n_live;) {
         sequence *q = s->live[i];
         const request_adapters *a = &q->of->adapters;
