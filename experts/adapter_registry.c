@@ -395,11 +395,14 @@ choir_status choir_adapters_find(choir_adapters *pool, const char *text, choir_a
     return status;
 }
 
-uint32_t choir_adapters_list(choir_adapters *pool, choir_adapter_info *out, uint32_t max)
+uint32_t choir_adapters_list(choir_adapters *pool, const char *after, choir_adapter_info *out, uint32_t max)
 {
+    bool found;
     pthread_mutex_lock(&pool->lock);
-    uint32_t n = pool->n_names;
-    for (uint32_t i = 0; i < n && i < max; i++) fill_info(pool->names[i], &out[i]);
+    uint32_t first = place_of(pool, after, &found);
+    if (found) first++;
+    uint32_t n = pool->n_names - first;
+    for (uint32_t i = 0; i < n && i < max; i++) fill_info(pool->names[first + i], &out[i]);
     pthread_mutex_unlock(&pool->lock);
     return n;
 }

@@ -266,7 +266,7 @@ static void test_a_thousand(void **state)
     assert_int_equal(n_good, 1000);
     assert_int_equal(n_bad, 0);
     static choir_adapter_info list[1000];
-    assert_int_equal(choir_adapters_list(w.pool, list, 1000), 1000);
+    assert_int_equal(choir_adapters_list(w.pool, "", list, 1000), 1000);
     for (int i = 1; i < 1000; i++) assert_true(strcmp(list[i - 1].name, list[i].name) < 0);
     for (int round = 0; round < 3000; round++) {
         random = random * UINT64_C(6364136223846793005) + 1;
