@@ -44,7 +44,18 @@ typedef struct choir_adapter_change {
     const float *in_scale;     /* [cols]: of all that W is given, as IA3 has it for feed-forward modules */
     const float *weight;       /* [rows, cols], in W's place (modules_to_save) */
     const float *bias;         /* [rows], in the base's bias' place */
+    uint32_t has;              /* CHOIR_ADAPTER_HAS_ bits: the arrays, also where only headers were read */
 } choir_adapter_change;
+enum {
+    CHOIR_ADAPTER_HAS_LOW_RANK = 1, /* a, b */
+    CHOIR_ADAPTER_HAS_A_BIAS = 2,
+    CHOIR_ADAPTER_HAS_B_BIAS = 4,
+    CHOIR_ADAPTER_HAS_MAGNITUDE = 8,
+    CHOIR_ADAPTER_HAS_OUT_SCALE = 16,
+    CHOIR_ADAPTER_HAS_IN_SCALE = 32,
+    CHOIR_ADAPTER_HAS_WEIGHT = 64,
+    CHOIR_ADAPTER_HAS_BIAS = 128,
+};
 /* The role EMBEDDING is looked up, not multiplied: its W x is W's row of the token, and A is [rank, vocab], B
  * [hidden, rank]; rows and cols are those of the role's shape, [vocab, hidden]: `b` has `cols` rows there. */
 
@@ -54,7 +65,9 @@ typedef struct choir_adapter_data {
     size_t n_changes;
     uint32_t max_rank;
     uint64_t n_parameters;
-    uint64_t digest; /* XXH3 over the file's bytes and the settings: changes whenever what it computes does */
+    /* XXH3 over the file's bytes and the settings: changes whenever what it computes does; 0 where only
+     * headers were read */
+    uint64_t digest;
     /* Virtual tokens at positions 0 .. n_virtual - 1 before the prompt: rows of the embedding (prompt tuning), or
      * keys (not rotated) and values (prefix tuning). */
     uint32_t n_virtual;

@@ -100,7 +100,7 @@ static choir_status read_tensor(const char *file, const char *name, const json_t
         return choir_fail(CHOIR_E_FORMAT,
                           "%s: tensor '%.200s' has %" PRIu64 " bytes, its shape takes %" PRIu64,
                           file, name, end - begin, n);
-    t->data = data + begin;
+    t->data = (const void *)((uintptr_t)data + begin); /* may lie beyond what is in memory */
     t->bytes = (size_t)n;
     set_dtype(t);
     return CHOIR_OK;
@@ -121,7 +121,9 @@ static choir_status check_overlaps(const char *file, const choir_safetensors *s)
     return status;
 }
 
-static choir_status parse(const char *name, const uint8_t *data, size_t bytes, choir_safetensors *s)
+/* `bytes` are in memory, of a file of `file_bytes`. */
+static choir_status parse(const char *name, const uint8_t *data, size_t bytes, uint64_t file_bytes,
+                          choir_safetensors *s)
 {
     uint64_t header_bytes;
     if (bytes < 8) return choir_fail(CHOIR_E_FORMAT, "%s has %zu bytes, a header takes 8", name, bytes);
@@ -145,7 +147,7 @@ static choir_status parse(const char *name, const uint8_t *data, size_t bytes, c
     const uint8_t *start = data + 8 + header_bytes;
     json_object_foreach (s->header, key, info) {
         if (strcmp(key, "__metadata__") == 0) continue;
-        CHOIR_TRY(read_tensor(name, key, info, start, bytes - 8 - (size_t)header_bytes,
+        CHOIR_TRY(read_tensor(name, key, info, start, (size_t)(file_bytes - 8 - header_bytes),
                               &s->tensors[s->n]));
         s->n++;
     }
@@ -153,19 +155,36 @@ static choir_status parse(const char *name, const uint8_t *data, size_t bytes, c
     return check_overlaps(name, s);
 }
 
-choir_status choir_safetensors_parse(const char *name, const void *data, size_t bytes,
-                                     choir_safetensors **out)
+static choir_status parse_new(const char *name, const void *data, size_t bytes, uint64_t file_bytes,
+                              choir_safetensors **out)
 {
     choir_safetensors *s = choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *s);
     if (s == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", name);
     s->path = choir_strdup(CHOIR_MEM_OTHER, name);
-    choir_status status =
-        s->path != NULL ? parse(name, data, bytes, s) : choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", name);
+    choir_status status = s->path != NULL ? parse(name, data, bytes, file_bytes, s)
+                                          : choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory", name);
     if (status != CHOIR_OK) {
         choir_safetensors_close(s);
         return status;
     }
     *out = s;
+    return CHOIR_OK;
+}
+
+choir_status choir_safetensors_parse(const char *name, const void *data, size_t bytes,
+                                     choir_safetensors **out)
+{
+    return parse_new(name, data, bytes, bytes, out);
+}
+
+choir_status choir_safetensors_parse_header(const char *name, const void *data, size_t bytes,
+                                            uint64_t file_bytes, choir_safetensors **out)
+{
+    if (file_bytes < bytes)
+        return choir_fail(CHOIR_E_INVALID, "%s has %llu bytes, of which %zu were given", name,
+                          (unsigned long long)file_bytes, bytes);
+    CHOIR_TRY(parse_new(name, data, bytes, file_bytes, out));
+    for (size_t i = 0; i < (*out)->n; i++) (*out)->tensors[i].data = NULL;
     return CHOIR_OK;
 }
 

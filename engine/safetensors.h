@@ -24,6 +24,9 @@ choir_status choir_safetensors_open(const char *path, choir_safetensors **out) C
 /* From memory, lent until close; for fuzzing. */
 choir_status choir_safetensors_parse(const char *name, const void *data, size_t bytes,
                                      choir_safetensors **out) CHOIR_MUST_USE;
+/* The same of a header alone, of a file of so many bytes: the tensors' bytes lie elsewhere, and their data is NULL. */
+choir_status choir_safetensors_parse_header(const char *name, const void *data, size_t bytes,
+                                            uint64_t file_bytes, choir_safetensors **out) CHOIR_MUST_USE;
 void choir_safetensors_close(choir_safetensors *file);
 const choir_safetensor *choir_safetensors_find(const choir_safetensors *file, const char *name);
 size_t choir_safetensors_count(const choir_safetensors *file);

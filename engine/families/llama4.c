@@ -49,6 +49,7 @@ const choir_family choir_family_llama4 = {
                             CHOIR_ROLE_BIT(SHARED_DOWN)},
     .rope_period = 4,
     .gguf_interleaved_rope = true,
+    .hides_transposed = true,
     .keys = keys,
     .hf = hf,
     .settle = settle,

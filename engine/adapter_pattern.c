@@ -1,0 +1,142 @@
+#include "engine/adapter_pattern.h"
+
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include <pcre2.h>
+#include <string.h>
+
+enum { MAX_KEY_BYTES = 1000, MAX_STEPS = 100000, MAX_DEPTH = 1000 };
+
+typedef struct pattern {
+    const char *key;  /* lent from the configuration */
+    pcre2_code *code; /* NULL: letters, digits and dots alone */
+    double value;
+} pattern;
+
+struct choir_adapter_patterns {
+    const char *field;
+    size_t n;
+    pcre2_match_data *match;
+    pcre2_match_context *limits;
+    pattern items[];
+};
+
+/* Python's dialect and PCRE2's mean the same by what module names need. */
+static choir_status compile(const choir_adapter_reader *r, const char *field, pattern *p)
+{
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.";
+    char text[MAX_KEY_BYTES + 32];
+    PCRE2_UCHAR why[120];
+    int error;
+    PCRE2_SIZE at;
+    if (strlen(p->key) > MAX_KEY_BYTES)
+        return choir_fail(CHOIR_E_INVALID, "%s: a key of %s has %zu bytes, the limit is %d",
+                          r->name, field, strlen(p->key), MAX_KEY_BYTES);
+    if (p->key[strspn(p->key, plain)] == '\0') return CHOIR_OK;
+    if (strstr(p->key, "{,") != NULL) /* from none on, in Python; letters, in PCRE2 */
+        return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                          "%s: the key \"%.100s\" of %s has '{,'; write '{0,'", r->name, p->key,
+                          field);
+    snprintf(text, sizeof text, "(?:.*\\.)?(?:%s)$", p->key);
+    p->code =
+        pcre2_compile((PCRE2_SPTR)text, PCRE2_ZERO_TERMINATED,
+                      PCRE2_ANCHORED | PCRE2_UTF | PCRE2_NEVER_BACKSLASH_C, &error, &at, NULL);
+    if (p->code != NULL) return CHOIR_OK;
+    if (error == PCRE2_ERROR_HEAP_FAILED)
+        return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for %s", r->name, field);
+    pcre2_get_error_message(error, why, sizeof why);
+    return choir_fail(CHOIR_E_FORMAT, "%s: the key \"%.100s\" of %s is no regular expression: %s",
+                      r->name, p->key, field, (const char *)why);
+}
+
+static choir_status fill(const choir_adapter_reader *r, const json_t *object,
+                         choir_adapter_patterns *p)
+{
+    const char *key;
+    json_t *value;
+    p->limits = pcre2_match_context_create(NULL);
+    p->match = pcre2_match_data_create(16, NULL);
+    if (p->limits == NULL || p->match == NULL)
+        return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for %s", r->name, p->field);
+    pcre2_set_match_limit(p->limits, MAX_STEPS);
+    pcre2_set_depth_limit(p->limits, MAX_DEPTH);
+    json_object_foreach((json_t *)object, key, value)
+    {
+        if (!json_is_number(value))
+            return choir_fail(CHOIR_E_FORMAT, "%s: %s has no number for \"%.100s\"", r->name,
+                              p->field, key);
+        p->items[p->n] = (pattern){.key = key, .value = json_number_value(value)};
+        CHOIR_TRY(compile(r, p->field, &p->items[p->n]));
+        p->n++;
+    }
+    return CHOIR_OK;
+}
+
+choir_status choir_adapter_patterns_make(const choir_adapter_reader *r, const char *field,
+                                         choir_adapter_patterns **out)
+{
+    const json_t *object = choir_adapter_get(r, field);
+    *out = NULL;
+    if (choir_adapter_is_off(object)) return CHOIR_OK;
+    if (!json_is_object(object))
+        return choir_fail(CHOIR_E_FORMAT, "%s: %s of adapter_config.json is no object", r->name,
+                          field);
+    choir_adapter_patterns *p =
+        choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *p + json_object_size(object) * sizeof *p->items);
+    if (p == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for %s", r->name, field);
+    p->field = field;
+    choir_status status = fill(r, object, p);
+    if (status != CHOIR_OK)
+        choir_adapter_patterns_free(p);
+    else
+        *out = p;
+    return status;
+}
+
+/* A key of letters, digits and dots: the dots stand for any character. */
+static bool ends_with(const char *module, const char *key)
+{
+    size_t n = strlen(module), m = strlen(key);
+    if (m > n || (m < n && module[n - m - 1] != '.')) return false;
+    for (size_t i = 0; i < m; i++)
+        if (key[i] != '.' && key[i] != module[n - m + i]) return false;
+    return true;
+}
+
+choir_status choir_adapter_patterns_find(const choir_adapter_reader *r,
+                                         const choir_adapter_patterns *p, const char *module,
+                                         double *out)
+{
+    for (size_t i = 0; p != NULL && i < p->n; i++) {
+        const pattern *item = &p->items[i];
+        if (item->code == NULL) {
+            if (!ends_with(module, item->key)) continue;
+        } else {
+            int n = pcre2_match(item->code, (PCRE2_SPTR)module, strlen(module), 0, 0, p->match,
+                                p->limits);
+            if (n == PCRE2_ERROR_NOMATCH) continue;
+            if (n == PCRE2_ERROR_MATCHLIMIT || n == PCRE2_ERROR_DEPTHLIMIT ||
+                n == PCRE2_ERROR_HEAPLIMIT)
+                return choir_fail(
+                    CHOIR_E_INVALID,
+                    "%s: the key \"%.100s\" of %s takes more than %d steps for '%.100s'", r->name,
+                    item->key, p->field, MAX_STEPS, module);
+            if (n < 0)
+                return choir_fail(CHOIR_E_INVALID,
+                                  "%s: the key \"%.100s\" of %s cannot be matched "
+                                  "with '%.100s' (%d)",
+                                  r->name, item->key, p->field, module, n);
+        }
+        *out = item->value;
+        return CHOIR_OK;
+    }
+    return CHOIR_OK;
+}
+
+void choir_adapter_patterns_free(choir_adapter_patterns *p)
+{
+    if (p == NULL) return;
+    for (size_t i = 0; i < p->n; i++) pcre2_code_free(p->items[i].code);
+    pcre2_match_context_free(p->limits);
+    pcre2_match_data_free(p->match);
+    choir_free(p);
+}
