@@ -199,6 +199,12 @@ static choir_status add_module(const lora *l, const choir_adapter_spot *spot, pa
     CHOIR_TRY(choir_adapter_expect(r, p->b, rows, p->rank));
     if (p->b_bias != NULL) CHOIR_TRY(choir_adapter_expect(r, p->b_bias, 0, rows));
     if (p->magnitude != NULL) CHOIR_TRY(choir_adapter_expect(r, p->magnitude, 0, rows));
+    const choir_adapter_pair raw = {.n_experts = 1,
+                                    .rank = p->rank,
+                                    .rows = (uint32_t)rows,
+                                    .cols = (uint32_t)cols,
+                                    .scale = p->scale};
+    CHOIR_TRY(choir_adapter_note_pair(r, &raw, p->a, p->b));
     CHOIR_TRY(choir_adapter_read(r, p->a, NULL, &a));
     for (uint32_t i = 0; i < spot->n_places; i++) {
         const choir_adapter_rows map = choir_adapter_rows_of(r, spot->places[i]);
@@ -232,6 +238,13 @@ static choir_status add_embedding(const lora *l, const choir_adapter_spot *spot,
     c.has = CHOIR_ADAPTER_HAS_LOW_RANK;
     CHOIR_TRY(choir_adapter_expect(r, p->a, p->rank, c.rows));
     CHOIR_TRY(choir_adapter_expect(r, p->b, c.cols, p->rank));
+    const choir_adapter_pair raw = {.embedding = true,
+                                    .n_experts = 1,
+                                    .rank = p->rank,
+                                    .rows = c.cols,
+                                    .cols = c.rows,
+                                    .scale = p->scale};
+    CHOIR_TRY(choir_adapter_note_pair(r, &raw, p->a, p->b));
     CHOIR_TRY(choir_adapter_read(r, p->a, NULL, &c.a));
     CHOIR_TRY(choir_adapter_read(r, p->b, NULL, &c.b));
     if (p->magnitude != NULL) {
@@ -333,6 +346,14 @@ static choir_status add_stack(const lora *l, const choir_adapter_spot *spot, pai
     float *a, *b;
     const float *from;
     CHOIR_TRY(shape_of_stack(l, spot->places[0], p, &s));
+    const choir_adapter_pair raw = {.stacked = true,
+                                    .swapped = s.swapped,
+                                    .n_experts = s.n_experts,
+                                    .rank = s.rank,
+                                    .rows = (uint32_t)(s.swapped ? s.cols : s.rows),
+                                    .cols = (uint32_t)(s.swapped ? s.rows : s.cols),
+                                    .scale = p->scale};
+    CHOIR_TRY(choir_adapter_note_pair(r, &raw, p->a, p->b));
     p->a->used = p->b->used = true;
     CHOIR_TRY(make_arrays(r, &s, s.rank * s.cols, &a));
     if (a != NULL) {

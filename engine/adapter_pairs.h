@@ -13,7 +13,8 @@
 typedef struct choir_adapter_pair {
     const char *name; /* A's without its ending: "base_model.model.model.layers.0.mlp.up_proj" */
     bool embedding;   /* the endings are .lora_embedding_A and _B, else .lora_A.weight and .lora_B.weight */
-    bool swapped;     /* a stack of experts whose A has the outputs and B the inputs */
+    bool stacked;     /* of all experts at once, of one of their parameters */
+    bool swapped;     /* a stack whose A has the outputs and B the inputs */
     uint32_t n_experts, rank, rows, cols;
     float scale;
     choir_tensor a, b;

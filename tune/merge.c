@@ -89,6 +89,7 @@ static choir_status list_modules(choir_tune_merge *m)
             const choir_adapter_pair *p = &m->pairs[i]->items[k];
             m->modules[n++] = (choir_tune_merged){.name = p->name,
                                                   .embedding = p->embedding,
+                                                  .stacked = p->stacked,
                                                   .swapped = p->swapped,
                                                   .n_experts = p->n_experts,
                                                   .rows = p->rows,
@@ -141,7 +142,7 @@ static choir_status check_layouts(const choir_tune_merge *m)
         while (n > sizeof nested &&
                strncmp(stack->name + n - (sizeof nested - 1), nested, sizeof nested - 1) == 0)
             n -= sizeof nested - 1;
-        for (size_t k = 0; stack->n_experts > 1 && k < m->n_modules; k++) {
+        for (size_t k = 0; stack->stacked && k < m->n_modules; k++) {
             const char *other = m->modules[k].name;
             if (strncmp(other, stack->name, n) == 0 && other[n] == '.' && other[n + 1] >= '0' &&
                 other[n + 1] <= '9')

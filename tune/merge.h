@@ -12,7 +12,7 @@
 /* A matrix of the output, or all experts' of one parameter, as engine/adapter_pairs.h has them. */
 typedef struct choir_tune_merged {
     const char *name;
-    bool embedding, swapped;
+    bool embedding, stacked, swapped;
     uint32_t n_experts, rows, cols;
     uint32_t sum_of_ranks; /* of the adapters that have it */
     uint64_t a_at, b_at;   /* bytes from the first tensor's first */
