@@ -13,6 +13,7 @@
     X(OTHER, "other")                                                                              \
     X(WEIGHTS, "weights")                                                                          \
     X(EXPERTS, "experts")                                                                          \
+    X(ADAPTERS, "adapters")                                                                        \
     X(KV, "KV pages")                                                                              \
     X(SCRATCH, "step scratch")                                                                     \
     X(TOKENIZER, "tokenizer")                                                                      \

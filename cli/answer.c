@@ -38,12 +38,13 @@ static choir_status open_here(const char *model, const choir_cli_engine_values *
 }
 
 choir_status choir_answerer_open(const char *model, const choir_cli_server_values *server,
-                                 const choir_cli_engine_values *engine, choir_answerer *out)
+                                 const choir_cli_engine_values *engine,
+                                 const choir_cli_adapter_values *adapters, choir_answerer *out)
 {
-    *out = (choir_answerer){.model = model};
+    *out = (choir_answerer){.model = model, .adapters = adapters};
     choir_cli_catch_interrupts();
-    if (engine->adapter != NULL) return choir_cli_not_yet("--adapter");
     if (server->target != NULL) return choir_cli_client(server, &out->client);
+    if (adapters->adapter.n > 0) return choir_cli_not_yet("--adapter without --server");
     choir_cli_block_interrupts(true);
     choir_status status = open_here(model, engine, out);
     choir_cli_block_interrupts(false);

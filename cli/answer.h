@@ -6,7 +6,7 @@
  * LIMITS  One answer at a time.
  * NEXT    scheduler/scheduler.h, server/client.h */
 #pragma once
-#include "cli/cli.h"
+#include "cli/adapters.h"
 #include "scheduler/scheduler.h"
 #include "server/client.h"
 
@@ -61,6 +61,11 @@ typedef struct choir_cli_server_values {
     {"tls", 0, CHOIR_OPTION_FLAG, offsetof(type, member.tls), NULL, "the server speaks TLS", 0, 0},              \
     {"tls-ca", 0, CHOIR_OPTION_TEXT, offsetof(type, member.ca), "FILE",                                          \
      "roots to trust, PEM; left out: the system's", 0, 0}
+/* Adapters of an answer: files here, names there. */
+#define CHOIR_CLI_ANSWER_ADAPTER_OPTIONS(type_, member)                                                          \
+    {"adapter", 0, CHOIR_OPTION_LIST, offsetof(type_, member.adapter), "DIR[=WEIGHT]",                           \
+     "a PEFT folder or a GGUF LoRA file, with --server a loaded one's name; again for a mix of up to 8", 0, 0},  \
+    CHOIR_CLI_ADAPTER_TYPE_OPTION(type_, member.type)
 // clang-format on
 /* A client that Ctrl-C stops. */
 choir_status choir_cli_client(const choir_cli_server_values *server,
@@ -71,6 +76,7 @@ typedef struct choir_answerer {
     choir_scheduler *scheduler;
     choir_client *client; /* … or there */
     const char *model;    /* the name it has there */
+    const choir_cli_adapter_values *adapters;
 } choir_answerer;
 
 /* Exactly one of prompt and messages (a JSON array of {role, content}). */
@@ -83,6 +89,7 @@ typedef struct choir_ask {
 
 choir_status choir_answerer_open(const char *model, const choir_cli_server_values *server,
                                  const choir_cli_engine_values *engine,
+                                 const choir_cli_adapter_values *adapters,
                                  choir_answerer *out) CHOIR_MUST_USE;
 void choir_answerer_close(choir_answerer *answerer);
 /* Fills result (an empty object) with model, text, token_ids, finish_reason, seed, usage, timings;

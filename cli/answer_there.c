@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-enum { MAX_MESSAGES = 4096, MAX_STOPS = CHOIR_MAX_LIST };
+enum { MAX_MESSAGES = 4096, MAX_STOPS = CHOIR_MAX_LIST, MAX_NAME = 257 };
 
 /* The request's messages, built where they stay until the call is over. */
 typedef struct letter {
@@ -11,6 +11,8 @@ typedef struct letter {
     Choir__V1__Sampling sampling;
     Choir__V1__Chat chat;
     Choir__V1__ChatMessage *messages, **pointers;
+    Choir__V1__AdapterWeight mix[CHOIR_MAX_MIX], *mix_pointers[CHOIR_MAX_MIX];
+    char names[CHOIR_MAX_MIX][MAX_NAME];
 } letter;
 
 static choir_status write_chat(const json_t *messages, letter *l)
@@ -58,6 +60,26 @@ static void write_sampling(const choir_cli_sampling_values *v, Choir__V1__Sampli
     s->stop = (char **)v->stop.item;
 }
 
+/* One that has its full weight is an adapter, all else a mix. */
+static choir_status write_adapters(const choir_cli_adapter_values *v, letter *l)
+{
+    for (uint32_t i = 0; i < v->adapter.n; i++) {
+        choir__v1__adapter_weight__init(&l->mix[i]);
+        CHOIR_TRY(
+            choir_cli_adapter_split(v->adapter.item[i], l->names[i], MAX_NAME, &l->mix[i].weight));
+        l->mix[i].adapter = l->names[i];
+        l->mix_pointers[i] = &l->mix[i];
+    }
+    if (v->adapter.n == 1 && l->mix[0].weight == 1) {
+        l->request.adapting_case = CHOIR__V1__GENERATE_REQUEST__ADAPTING_ADAPTER;
+        l->request.adapter = l->names[0];
+        return CHOIR_OK;
+    }
+    l->request.n_mix = v->adapter.n;
+    l->request.mix = l->mix_pointers;
+    return CHOIR_OK;
+}
+
 typedef struct listener {
     const choir_ask *ask;
     json_t *result;
@@ -90,6 +112,8 @@ static bool on_event(void *user, const Choir__V1__GenerateEvent *event)
     switch (event->event_case) {
     case CHOIR__V1__GENERATE_EVENT__EVENT_STARTED:
         json_object_set_new(l->result, "model", json_string(event->started->model));
+        if (event->started->adapter[0] != '\0')
+            json_object_set_new(l->result, "adapter", json_string(event->started->adapter));
         json_object_set_new(l->result, "request_id", json_string(event->started->request_id));
         json_object_set_new(l->result, "seed", json_integer((json_int_t)event->started->seed));
         break;
@@ -119,6 +143,7 @@ choir_status choir_answer_there(const choir_answerer *a, const choir_ask *ask, j
     l.request.model = (char *)a->model;
     l.request.sampling = &l.sampling;
     write_sampling(ask->sampling, &l.sampling);
+    CHOIR_TRY(write_adapters(a->adapters, &l));
     if (ask->messages != NULL) {
         CHOIR_TRY_TO(done, status, write_chat(ask->messages, &l));
     } else {

@@ -1,5 +1,5 @@
 /* Prefill and decode in tokens/s, beside what the machine gives at best in the same run. */
-#include "cli/cli.h"
+#include "cli/adapters.h"
 #include "cli/peak.h"
 
 #include <stdio.h>
@@ -7,11 +7,15 @@
 
 typedef struct values {
     choir_cli_engine_values engine;
+    choir_cli_adapter_values adapters;
     uint64_t prompt, generate;
     const char *batch;
     bool json;
 } values;
-static const values defaults = {.prompt = 512, .generate = 128, .batch = "1,8,32"};
+static const values defaults = {.adapters = CHOIR_CLI_ADAPTER_DEFAULT,
+                                .prompt = 512,
+                                .generate = 128,
+                                .batch = "1,8,32"};
 static const choir_option options[] = {
     {"prompt", 0, CHOIR_OPTION_COUNT, offsetof(values, prompt), "N", "tokens of the prompt", 1,
      65536},
@@ -19,6 +23,7 @@ static const choir_option options[] = {
      65536},
     {"batch", 0, CHOIR_OPTION_TEXT, offsetof(values, batch), "1,8,32", "sequences at once", 0, 0},
     {"json", 0, CHOIR_OPTION_FLAG, offsetof(values, json), NULL, "one JSON object", 0, 0},
+    CHOIR_CLI_ADAPTER_OPTIONS(values, adapters),
     CHOIR_CLI_ENGINE_OPTIONS(values, engine),
 };
 
@@ -49,6 +54,7 @@ static choir_status parse_batches(const char *text, uint32_t *batches, uint32_t 
 
 typedef struct bench {
     choir_engine *engine;
+    choir_cli_adapters adapters;
     uint32_t prompt, generate, pages_per_sequence, *pages, *tokens;
     choir_span *spans;
 } bench;
@@ -57,18 +63,23 @@ typedef struct bench {
 static choir_status prefill(bench *b, uint32_t batch, double *rate)
 {
     uint64_t start = choir_clock_now();
-    for (uint32_t s = 0; s < batch; s++)
+    for (uint32_t s = 0; s < batch; s++) {
+        const uint32_t *pages = b->pages + (size_t)s * b->pages_per_sequence;
+        CHOIR_TRY(choir_cli_adapters_begin(&b->adapters, b->engine, pages, b->pages_per_sequence));
         for (uint32_t at = 0; at < b->prompt; at += STEP_ROWS) {
             uint32_t n = b->prompt - at < STEP_ROWS ? b->prompt - at : STEP_ROWS;
             choir_span span = {.tokens = b->tokens + s + at,
                                .n_tokens = n,
-                               .position = at,
-                               .pages = b->pages + (size_t)s * b->pages_per_sequence,
+                               .position = b->adapters.n_virtual + at,
+                               .pages = pages,
                                .n_pages = b->pages_per_sequence,
-                               .n_logits = at + n == b->prompt};
+                               .n_logits = at + n == b->prompt,
+                               .adapters = b->adapters.uses,
+                               .n_adapters = b->adapters.n};
             CHOIR_TRY(choir_engine_step(b->engine, &span, 1));
             CHOIR_TRY(choir_span_failure(&span));
         }
+    }
     *rate = (double)b->prompt * batch / ((double)(choir_clock_now() - start) / 1e9);
     return CHOIR_OK;
 }
@@ -80,10 +91,12 @@ static choir_status decode(bench *b, uint32_t batch, double *rate)
         for (uint32_t s = 0; s < batch; s++)
             b->spans[s] = (choir_span){.tokens = b->tokens + s + b->prompt + i,
                                        .n_tokens = 1,
-                                       .position = b->prompt + i,
+                                       .position = b->adapters.n_virtual + b->prompt + i,
                                        .pages = b->pages + (size_t)s * b->pages_per_sequence,
                                        .n_pages = b->pages_per_sequence,
-                                       .n_logits = 1};
+                                       .n_logits = 1,
+                                       .adapters = b->adapters.uses,
+                                       .n_adapters = b->adapters.n};
         CHOIR_TRY(choir_engine_step(b->engine, b->spans, batch));
         for (uint32_t s = 0; s < batch; s++) CHOIR_TRY(choir_span_failure(&b->spans[s]));
     }
@@ -101,7 +114,8 @@ static choir_status open_bench(const values *v, const char *model, uint32_t larg
     o.max_spans = largest;
     b->prompt = (uint32_t)v->prompt;
     b->generate = (uint32_t)v->generate;
-    uint32_t total = b->prompt + b->generate;
+    CHOIR_TRY(choir_cli_adapters_read(&v->adapters, model, &b->adapters));
+    uint32_t total = b->adapters.n_virtual + b->prompt + b->generate;
     b->pages_per_sequence = (total + CHOIR_PAGE_TOKENS - 1) / CHOIR_PAGE_TOKENS;
     char path[4096];
     choir_model_file *file;
@@ -113,10 +127,9 @@ static choir_status open_bench(const values *v, const char *model, uint32_t larg
     choir_model_file_close(file);
     CHOIR_TRY(choir_engine_open(path, &o, &b->engine));
     const choir_model_config *config = choir_engine_config(b->engine);
-    if (total > config->max_positions)
-        return choir_fail(CHOIR_E_INVALID,
-                          "--prompt and --generate make %u tokens, the context is %u", total,
-                          config->max_positions);
+    CHOIR_TRY(choir_cli_adapters_fit(&b->adapters, "--prompt and --generate",
+                                     (uint64_t)b->prompt + b->generate, config));
+    CHOIR_TRY(choir_cli_adapters_make(&b->adapters, b->engine));
     b->pages =
         choir_alloc(CHOIR_MEM_OTHER, (size_t)b->pages_per_sequence * largest * sizeof *b->pages);
     /* Sequence s begins at token s: they differ, and so do the experts that they want. */
@@ -265,13 +278,21 @@ done:
     choir_free(b.pages);
     choir_free(b.tokens);
     choir_free(b.spans);
+    choir_cli_adapters_close(&b.adapters);
     choir_engine_close(b.engine);
     return status;
 }
 
+static choir_status check(const void *verb_values, const choir_arguments *arguments)
+{
+    const values *v = verb_values;
+    (void)arguments;
+    return choir_cli_adapters_check(&v->adapters);
+}
+
 const choir_verb choir_verb_bench = {
     .name = "bench",
-    .arguments = "MODEL [--prompt 512] [--generate 128] [--batch 1,8,32] [--json]",
+    .arguments = "MODEL [--prompt 512] [--generate 128] [--batch 1,8,32] [--adapter DIR] [--json]",
     .summary = "tokens/s of prefill and decode, and the share of the machine's measured peak",
     .example = "choir bench SmolLM2-135M-Instruct.Q4_1 --batch 1,16",
     .options = options,
@@ -280,5 +301,6 @@ const choir_verb choir_verb_bench = {
     .values_bytes = sizeof(values),
     .min_positional = 1,
     .max_positional = 1,
+    .check = check,
     .run = run,
 };

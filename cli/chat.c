@@ -16,12 +16,15 @@ typedef struct values {
     choir_cli_engine_values engine;
     choir_cli_sampling_values sampling;
     choir_cli_server_values server;
+    choir_cli_adapter_values adapters;
     const char *system;
 } values;
-static const values defaults = {.sampling = CHOIR_CLI_SAMPLING_DEFAULT};
+static const values defaults = {.sampling = CHOIR_CLI_SAMPLING_DEFAULT,
+                                .adapters = CHOIR_CLI_ADAPTER_DEFAULT};
 static const choir_option options[] = {
     {"system", 0, CHOIR_OPTION_TEXT, offsetof(values, system), "TEXT", "the system message", 0, 0},
     CHOIR_CLI_SERVER_OPTIONS(values, server),
+    CHOIR_CLI_ANSWER_ADAPTER_OPTIONS(values, adapters),
     CHOIR_CLI_SAMPLING_OPTIONS(values, sampling),
     CHOIR_CLI_ENGINE_OPTIONS(values, engine),
 };
@@ -304,7 +307,9 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     talk t = {.v = verb_values, .messages = json_array()};
     const char *model = arguments->n_positional > 0 ? arguments->positional[0] : "";
     choir_status status;
-    CHOIR_TRY_TO(done, status, choir_answerer_open(model, &t.v->server, &t.v->engine, &t.answerer));
+    CHOIR_TRY_TO(
+        done, status,
+        choir_answerer_open(model, &t.v->server, &t.v->engine, &t.v->adapters, &t.answerer));
     open_editor(&t);
     t.system = t.v->system;
     reset(&t);
@@ -327,12 +332,13 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     if (v->server.target == NULL && arguments->n_positional == 0)
         return choir_fail(CHOIR_E_INVALID,
                           "MODEL is missing (only with --server may it be left out)");
+    CHOIR_TRY(choir_cli_adapters_check(&v->adapters));
     return CHOIR_OK;
 }
 
 const choir_verb choir_verb_chat = {
     .name = "chat",
-    .arguments = "MODEL [--system TEXT] [--server HOST:PORT]",
+    .arguments = "MODEL [--system TEXT] [--adapter DIR] [--server HOST:PORT]",
     .summary = "a conversation on the terminal, with a model here or on a server",
     .example = "choir chat SmolLM2-135M-Instruct.Q4_1 --system 'You answer in one sentence.'",
     .options = options,

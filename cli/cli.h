@@ -71,7 +71,6 @@ typedef struct choir_cli_engine_values {
     uint64_t io_depth;
     bool no_prefetch;
     double small_experts;
-    const char *adapter;
 } choir_cli_engine_values;
 // clang-format off
 #define CHOIR_CLI_ENGINE_OPTIONS(type, member)                                                                   \
@@ -94,8 +93,7 @@ typedef struct choir_cli_engine_values {
     {"no-prefetch", 0, CHOIR_OPTION_FLAG, offsetof(type, member.no_prefetch), NULL,                              \
      "streamed experts are not read ahead", 0, 0},                                                               \
     {"small-experts", 0, CHOIR_OPTION_REAL, offsetof(type, member.small_experts), "SHARE",                       \
-     "of each layer's experts this share, the least used, from the pack's small copies", 0, 1},                  \
-    {"adapter", 0, CHOIR_OPTION_TEXT, offsetof(type, member.adapter), "DIR", "a LoRA adapter (not there yet)", 0, 0}
+     "of each layer's experts this share, the least used, from the pack's small copies", 0, 1}
 // clang-format on
 choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
                                       choir_engine_options *options) CHOIR_MUST_USE;

@@ -11,10 +11,12 @@ typedef struct values {
     choir_cli_engine_values engine;
     choir_cli_sampling_values sampling;
     choir_cli_server_values server;
+    choir_cli_adapter_values adapters;
     const char *prompt, *system;
     bool chat, stream, json;
 } values;
-static const values defaults = {.sampling = CHOIR_CLI_SAMPLING_DEFAULT};
+static const values defaults = {.sampling = CHOIR_CLI_SAMPLING_DEFAULT,
+                                .adapters = CHOIR_CLI_ADAPTER_DEFAULT};
 // clang-format off
 static const choir_option options[] = {
     {"prompt", 'p', CHOIR_OPTION_TEXT, offsetof(values, prompt), "TEXT", "what to continue; - reads it from the standard input", 0, 0},
@@ -23,6 +25,7 @@ static const choir_option options[] = {
     {"stream", 0, CHOIR_OPTION_FLAG, offsetof(values, stream), NULL, "print the text as it comes", 0, 0},
     {"json", 0, CHOIR_OPTION_FLAG, offsetof(values, json), NULL, "one JSON object: text, token_ids, finish_reason, usage, timings", 0, 0},
     CHOIR_CLI_SERVER_OPTIONS(values, server),
+    CHOIR_CLI_ANSWER_ADAPTER_OPTIONS(values, adapters),
     CHOIR_CLI_SAMPLING_OPTIONS(values, sampling),
     CHOIR_CLI_ENGINE_OPTIONS(values, engine),
 };
@@ -87,7 +90,8 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     choir_status status;
     if (strcmp(v->prompt, "-") == 0) CHOIR_TRY_TO(done, status, read_input(&input));
     const char *prompt = input != NULL ? input : v->prompt;
-    CHOIR_TRY_TO(done, status, choir_answerer_open(model, &v->server, &v->engine, &answerer));
+    CHOIR_TRY_TO(done, status,
+                 choir_answerer_open(model, &v->server, &v->engine, &v->adapters, &answerer));
     if (v->chat) messages = messages_of(v, prompt);
     const choir_ask ask = {.prompt = prompt,
                            .messages = messages,
@@ -110,6 +114,7 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     if (v->server.target == NULL && arguments->n_positional == 0)
         return choir_fail(CHOIR_E_INVALID,
                           "MODEL is missing (only with --server may it be left out)");
+    CHOIR_TRY(choir_cli_adapters_check(&v->adapters));
     if (v->system != NULL && !v->chat)
         return choir_fail(CHOIR_E_INVALID, "--system goes with --chat");
     return CHOIR_OK;
@@ -117,7 +122,8 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
 
 const choir_verb choir_verb_generate = {
     .name = "generate",
-    .arguments = "MODEL -p TEXT [-n N] [--temperature T] [--seed S] [--stream] [--json]",
+    .arguments =
+        "MODEL -p TEXT [-n N] [--temperature T] [--seed S] [--adapter DIR] [--stream] [--json]",
     .summary = "continues a text or answers a question, here or on a server",
     .example =
         "choir generate SmolLM2-135M-Instruct.Q4_1 --chat -p 'What is the capital of France?'",

@@ -1,4 +1,4 @@
-#include "cli/cli.h"
+#include "cli/adapters.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -6,10 +6,12 @@
 
 typedef struct values {
     choir_cli_engine_values engine;
+    choir_cli_adapter_values adapters;
     const char *tokens, *out, *routes;
     uint64_t force_expert;
 } values;
-static const values defaults = {.force_expert = CHOIR_CLI_UNSET};
+static const values defaults = {.adapters = CHOIR_CLI_ADAPTER_DEFAULT,
+                                .force_expert = CHOIR_CLI_UNSET};
 static const choir_option options[] = {
     {"tokens", 0, CHOIR_OPTION_TEXT, offsetof(values, tokens), "5,7,9", "the token ids", 0, 0},
     {"out", 'o', CHOIR_OPTION_TEXT, offsetof(values, out), "FILE",
@@ -18,11 +20,13 @@ static const choir_option options[] = {
      "which experts took each token, a JSON object a line", 0, 0},
     {"force-expert", 0, CHOIR_OPTION_COUNT, offsetof(values, force_expert), "N",
      "every token goes to expert N alone", 0, 65535},
+    CHOIR_CLI_ADAPTER_OPTIONS(values, adapters),
     CHOIR_CLI_ENGINE_OPTIONS(values, engine),
 };
 
 typedef struct job {
     choir_engine *engine;
+    choir_cli_adapters adapters;
     uint32_t *tokens, n_pages, *pages;
     size_t n_tokens;
     choir_save out, routes_out;
@@ -87,17 +91,19 @@ static void print_top(const job *j, const float *logits)
 
 static choir_status run_chunks(job *j, bool save_logits, bool save_routes)
 {
+    CHOIR_TRY(choir_cli_adapters_begin(&j->adapters, j->engine, j->pages, j->n_pages));
     uint32_t vocab = choir_engine_config(j->engine)->vocab, n = 0;
     for (uint32_t first = 0; first < j->n_tokens; first += n) {
         n = j->n_tokens - first < CHUNK ? (uint32_t)(j->n_tokens - first) : CHUNK;
         choir_span span = {.tokens = j->tokens + first,
                            .n_tokens = n,
-                           .position = first,
+                           .position = j->adapters.n_virtual + first,
                            .pages = j->pages,
                            .n_pages = j->n_pages,
                            .n_logits = n,
                            .logits = j->logits,
                            .routes = save_routes ? &j->routes : NULL};
+        choir_cli_adapters_use(&j->adapters, j->tokens, j->n_tokens, &span);
         CHOIR_TRY(choir_engine_step(j->engine, &span, 1));
         if (span.status != CHOIR_OK && span.missing_expert < 0)
             return choir_fail(span.status, "the logits of tokens %u to %u hold NaN or Inf", first,
@@ -139,17 +145,17 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     o.max_context = 1; /* as many as there are commas, and one */
     for (const char *p = v->tokens; *p != '\0'; p++) o.max_context += *p == ',';
     o.kv_bytes = (uint64_t)256 << 20;
+    CHOIR_TRY_TO(done, status,
+                 choir_cli_adapters_read(&v->adapters, arguments->positional[0], &j.adapters));
+    o.max_context += j.adapters.n_virtual;
     CHOIR_TRY_TO(done, status, choir_cli_open_engine(arguments->positional[0], &o, &j.engine));
+    CHOIR_TRY_TO(done, status, choir_cli_adapters_make(&j.adapters, j.engine));
     const choir_model_config *c = choir_engine_config(j.engine);
     if (v->force_expert != CHOIR_CLI_UNSET)
         CHOIR_TRY_TO(done, status, choir_engine_force_expert(j.engine, (int32_t)v->force_expert));
     CHOIR_TRY_TO(done, status,
                  choir_cli_parse_ids("--tokens", v->tokens, c->vocab, &j.tokens, &j.n_tokens));
-    if (j.n_tokens > c->max_positions) {
-        status = choir_fail(CHOIR_E_INVALID, "--tokens has %zu ids, the model's context is %u",
-                            j.n_tokens, c->max_positions);
-        goto done;
-    }
+    CHOIR_TRY_TO(done, status, choir_cli_adapters_fit(&j.adapters, "--tokens", j.n_tokens, c));
     CHOIR_TRY_TO(done, status, make_buffers(&j));
     if (v->routes != NULL && c->n_experts == 0) {
         status = choir_fail(CHOIR_E_INVALID, "--routes: %s is dense, it routes nothing", c->name);
@@ -176,6 +182,7 @@ done:
     choir_free(j.logits);
     choir_free(j.routes.experts);
     choir_free(j.routes.weights);
+    choir_cli_adapters_close(&j.adapters);
     choir_engine_close(j.engine);
     return status;
 }
@@ -186,12 +193,12 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     (void)arguments;
     if (v->tokens == NULL)
         return choir_fail(CHOIR_E_INVALID, "--tokens is missing, like --tokens 5,7,9");
-    return CHOIR_OK;
+    return choir_cli_adapters_check(&v->adapters);
 }
 
 const choir_verb choir_verb_logits = {
     .name = "logits",
-    .arguments = "MODEL --tokens 5,7,9 [--out FILE] [--routes FILE] [--exact]",
+    .arguments = "MODEL --tokens 5,7,9 [--out FILE] [--routes FILE] [--adapter DIR] [--exact]",
     .summary = "a model's raw logits and routes for given tokens",
     .example = "choir logits SmolLM2-135M-Instruct.Q4_1 --tokens 504,2365,6354 --exact --out l.f32",
     .options = options,

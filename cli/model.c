@@ -47,7 +47,6 @@ choir_status choir_cli_not_yet(const char *what)
 choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
                                       choir_engine_options *options)
 {
-    if (values->adapter != NULL) return choir_cli_not_yet("--adapter");
     options->n_threads = (uint32_t)values->threads;
     options->exact = values->exact;
     options->show_progress = true;

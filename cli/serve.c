@@ -86,7 +86,6 @@ typedef struct hosted {
 
 static choir_status refuse_later(const values *v)
 {
-    if (v->engine.adapter != NULL) return choir_cli_not_yet("--adapter");
     if (v->adapters != NULL) return choir_cli_not_yet("--adapters");
     if (v->lora_modules.n > 0) return choir_cli_not_yet("--lora-modules");
     return CHOIR_OK;

@@ -13,10 +13,11 @@ typedef struct choir_adapter choir_adapter;
 
 /* X(name, text): how A and B lie in memory. */
 #define CHOIR_ADAPTER_TYPE_LIST(X)                                                                 \
-    X(AUTO, "auto") /* bf16; f32 in exact mode */                                                  \
+    X(AUTO, "auto") /* f16; f32 in exact mode */                                                   \
     X(F32, "f32")                                                                                  \
+    X(F16, "f16")   /* f16 and int8 with a scale for each row of A and each column of B */         \
     X(BF16, "bf16")                                                                                \
-    X(INT8, "int8") /* a scale for each row of A and each column of B */
+    X(INT8, "int8")
 typedef enum choir_adapter_type {
 #define X(name, text) CHOIR_ADAPTER_##name,
     CHOIR_ADAPTER_TYPE_LIST(X)
@@ -36,6 +37,8 @@ uint64_t choir_adapter_bytes(const choir_adapter *adapter);
 uint64_t choir_adapter_digest(const choir_adapter *adapter); /* the data's */
 uint32_t choir_adapter_n_virtual(const choir_adapter *adapter);
 uint32_t choir_adapter_max_rank(const choir_adapter *adapter);
+/* False: it replaces matrices or norms, or has virtual tokens, and can only be a span's sole adapter, weight 1. */
+bool choir_adapter_mixes(const choir_adapter *adapter);
 
 enum { CHOIR_MAX_MIX = 8 };
 /* One of the adapters that a span's rows have; its changes count so much: y = y0 + Σ weight (y_i - y0). */

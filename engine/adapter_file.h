@@ -25,8 +25,8 @@ typedef enum choir_adapter_act {
 
 /* The change of one matrix W [rows, cols] of the base. With y0 = W x (or weight x) before any bias:
  *   n  = 1, or with a magnitude m: m / |W + scale B A| by rows (Liu et al. 2024, DoRA, equation 5)
- *   z  = x, or y0 where `series`
- *   y  = out_scale · (n · y0 + n · scale (B f(A (in_scale · z) + a_bias) + b_bias)) + the bias
+ *   z  = in_scale · x (which W is given too), or y0 + the base's bias where `series`
+ *   y  = out_scale · (n · y0 + n · scale (B f(A z + a_bias) + b_bias) + the bias)
  * Arrays are f32; those that a change does not have are NULL. The rows are in the order of the base as it is
  * loaded: permuted where its rope is interleaved and the adapter's is not, cut where the file fuses matrices. */
 typedef struct choir_adapter_change {

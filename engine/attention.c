@@ -74,6 +74,8 @@ static void write_kv(choir_engine *e, uint32_t l, size_t i, uint32_t part, const
     const choir_span *span = &s->spans[s->rows[i].span];
     uint32_t position = s->rows[i].position, token = position % CHOIR_PAGE_TOKENS;
     uint32_t n = part == 0 ? choir_key_dim(c) : choir_kv_value_dim(c);
+    const float *prefix = choir_adapt_prefix(e, l, i, part);
+    if (prefix != NULL) from = prefix;
     uint8_t *page = kv_of(e, l, span->pages[position / CHOIR_PAGE_TOKENS]);
     for (uint32_t head = 0; head < choir_kv_heads(c); head++, from += n) {
         size_t at = kv_offset(c, part, head, token);
@@ -236,7 +238,10 @@ static void finish_latents(choir_engine *e, uint32_t l, uint32_t worker, uint32_
         write_kv(e, l, i, 0, k);
         if (q_rank > 0) e->kernels->rms_norm(q, w->q_a_norm, c->latent_norm_eps, q_rank, q);
     }
-    if (q_rank > 0) quantize_rows(e, s->q_latent, q_rank, s->q8_latent, worker, n_workers);
+    if (q_rank == 0) return;
+    const adapt_target q_b = {.role = CHOIR_ROLE_ATTN_Q_B, .layer = l};
+    choir_adapt_shrink(e, &q_b, (activations){s->q_latent, q_rank}, (uint32_t)begin, (uint32_t)end);
+    quantize_rows(e, s->q_latent, q_rank, s->q8_latent, worker, n_workers);
 }
 
 /* Columns [at, at + n) of a head in every row, side by side; quantised unless exact. */
@@ -293,13 +298,38 @@ static void narrow_values(choir_engine *e, uint32_t l, uint32_t worker, uint32_t
     }
 }
 
+static adapt_target input_target(choir_role role, uint32_t l, uint32_t buffer)
+{
+    return (adapt_target){.role = role, .layer = l, .buffer = buffer};
+}
+
+/* What adapters want of the normed rows, by the worker that normed them. */
+static void shrink_inputs(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
+{
+    static const choir_role direct[] = {CHOIR_ROLE_ATTN_Q, CHOIR_ROLE_ATTN_K, CHOIR_ROLE_ATTN_V};
+    static const choir_role latent[] = {CHOIR_ROLE_ATTN_KV_A, CHOIR_ROLE_ATTN_Q,
+                                        CHOIR_ROLE_ATTN_Q_A};
+    bool is_latent = choir_is_latent(&e->config);
+    uint64_t begin, end;
+    choir_share(e->step.n_rows, 1, worker, n_workers, &begin, &end);
+    for (uint32_t i = 0; i < 3; i++) {
+        /* Q and Q_A are never both there: they share a buffer. */
+        const adapt_target t =
+            is_latent ? input_target(latent[i], l, i > 0) : input_target(direct[i], l, i);
+        choir_adapt_shrink(e, &t, (activations){e->step.h, e->config.hidden}, (uint32_t)begin,
+                           (uint32_t)end);
+    }
+}
+
 static void make_latent_qkv(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
     const layer *w = &e->layers[l];
     bool compressed = e->config.q_lora_rank > 0;
-    const product a[] = {{&w->kv_a, s->k},
-                         {compressed ? &w->q_a : &w->q, compressed ? s->q_latent : s->q}};
+    const product a[] = {
+        {&w->kv_a, s->k, input_target(CHOIR_ROLE_ATTN_KV_A, l, 0)},
+        {compressed ? &w->q_a : &w->q, compressed ? s->q_latent : s->q,
+         input_target(compressed ? CHOIR_ROLE_ATTN_Q_A : CHOIR_ROLE_ATTN_Q, l, 1)}};
     const choir_acts in = {s->h, s->q8_h, s->n_rows, e->config.hidden};
     choir_multiply(e, a, 2, &in, worker, n_workers);
     choir_workers_sync(e->workers);
@@ -308,7 +338,7 @@ static void make_latent_qkv(choir_engine *e, uint32_t l, uint32_t worker, uint32
     choir_workers_sync(e->workers);
 
     if (compressed) {
-        const product b = {&w->q, s->q};
+        const product b = {&w->q, s->q, input_target(CHOIR_ROLE_ATTN_Q_B, l, 0)};
         const choir_acts latent = {s->q_latent, s->q8_latent, s->n_rows, e->config.q_lora_rank};
         choir_multiply(e, &b, 1, &latent, worker, n_workers);
         choir_workers_sync(e->workers);
@@ -321,13 +351,25 @@ static void make_qkv(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_wo
 {
     step *s = &e->step;
     const layer *w = &e->layers[l];
-    const product qkv[] = {{&w->q, s->q}, {&w->k, s->k}, {&w->v, s->v}};
+    const product qkv[] = {{&w->q, s->q, input_target(CHOIR_ROLE_ATTN_Q, l, 0)},
+                           {&w->k, s->k, input_target(CHOIR_ROLE_ATTN_K, l, 1)},
+                           {&w->v, s->v, input_target(CHOIR_ROLE_ATTN_V, l, 2)}};
     const choir_acts in = {s->h, s->q8_h, s->n_rows, e->config.hidden};
     choir_multiply(e, qkv, 3, &in, worker, n_workers);
     choir_workers_sync(e->workers);
 
     finish_qkv(e, l, worker, n_workers);
     choir_workers_sync(e->workers);
+}
+
+static void adapt_attended(choir_engine *e, const adapt_target *target, uint32_t width,
+                           uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    uint64_t begin, end;
+    choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
+    choir_adapt_scale_inputs(e, target, s->att, width, (uint32_t)begin, (uint32_t)end, 0, width);
+    choir_adapt_shrink(e, target, (activations){s->att, width}, (uint32_t)begin, (uint32_t)end);
 }
 
 void choir_phase_attention(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
@@ -337,7 +379,9 @@ void choir_phase_attention(choir_engine *e, uint32_t l, uint32_t worker, uint32_
     bool latent = choir_is_latent(&e->config);
     uint32_t width = choir_attended(&e->config);
 
-    choir_norm_rows(e, &w->attn_norm, s->h, s->q8_h, worker, n_workers);
+    const layer_norm before = {&w->attn_norm, CHOIR_ROLE_ATTN_NORM, l};
+    choir_norm_rows(e, before, s->h, s->q8_h, worker, n_workers);
+    shrink_inputs(e, l, worker, n_workers);
     choir_workers_sync(e->workers);
 
     if (latent)
@@ -353,10 +397,15 @@ void choir_phase_attention(choir_engine *e, uint32_t l, uint32_t worker, uint32_
         choir_workers_sync(e->workers);
     }
     if (worker == 0) atomic_store_explicit(&s->next_item, 0, memory_order_relaxed);
+    const residual_product out = {.matrix = &w->out,
+                                  .bias = w->out_bias,
+                                  .post_norm = w->attn_post_norm,
+                                  .acts = {s->att, s->q8_att, s->n_rows, width},
+                                  .y = s->h,
+                                  .target = input_target(CHOIR_ROLE_ATTN_OUT, l, 0)};
+    adapt_attended(e, &out.target, width, worker, n_workers);
     quantize_rows(e, s->att, width, s->q8_att, worker, n_workers);
     choir_workers_sync(e->workers);
 
-    const choir_acts att = {s->att, s->q8_att, s->n_rows, width};
-    choir_multiply_into_residual(e, &w->out, w->out_bias, w->attn_post_norm, &att, s->h, worker,
-                                 n_workers);
+    choir_multiply_into_residual(e, &out, worker, n_workers);
 }

@@ -55,6 +55,12 @@ static choir_status finish_row(choir_engine *e, uint32_t output, float *logits, 
     return span->targets != NULL ? CHOIR_OK : check_finite(e, logits);
 }
 
+/* The head's rows are those that want logits, from output `first` on. */
+static adapt_target head_target(const step *s, uint32_t first)
+{
+    return (adapt_target){.role = CHOIR_ROLE_HEAD, .map = s->outputs + first, .divide = 1};
+}
+
 static void norm_outputs(choir_engine *e, uint32_t first, uint32_t n, uint32_t worker,
                          uint32_t n_workers)
 {
@@ -62,9 +68,14 @@ static void norm_outputs(choir_engine *e, uint32_t first, uint32_t n, uint32_t w
     uint32_t hidden = e->config.hidden;
     uint64_t begin, end;
     choir_share(n, 1, worker, n_workers, &begin, &end);
-    for (uint64_t i = begin; i < end; i++)
-        choir_norm_row(e, &e->output_norm, s->x + (size_t)s->outputs[first + i] * hidden,
-                       s->h + i * hidden);
+    for (uint64_t i = begin; i < end; i++) {
+        size_t at = s->outputs[first + i];
+        norm own = e->output_norm;
+        own.weight = choir_adapt_norm(e, CHOIR_ROLE_OUTPUT_NORM, 0, at, own.weight);
+        choir_norm_row(e, own, s->x + at * hidden, s->h + i * hidden);
+    }
+    const adapt_target target = head_target(s, first);
+    choir_adapt_shrink(e, &target, (activations){s->h, hidden}, (uint32_t)begin, (uint32_t)end);
     if (!e->options.exact && begin < end)
         e->kernels->quantize(s->h, hidden, s->q8_h, (uint32_t)begin, (uint32_t)end);
 }
@@ -77,7 +88,7 @@ void choir_phase_head(choir_engine *e, uint32_t worker, uint32_t n_workers)
         norm_outputs(e, first, n, worker, n_workers);
         choir_workers_sync(e->workers);
 
-        const product head = {&e->head, s->logits};
+        const product head = {&e->head, s->logits, head_target(s, first)};
         const choir_acts in = {s->h, s->q8_h, n, e->config.hidden};
         choir_multiply(e, &head, 1, &in, worker, n_workers);
         choir_workers_sync(e->workers);

@@ -69,9 +69,14 @@ static void weigh_always(choir_engine *e, uint32_t l, uint32_t worker, uint32_t 
     uint32_t hidden = e->config.hidden;
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
-    for (uint64_t i = begin; i < end; i++)
-        s->always_weight[i] =
-            gate == NULL ? 1 : 1 / (1 + expf(-dot(gate, s->h + i * hidden, hidden)));
+    for (uint64_t i = begin; i < end; i++) {
+        s->always_weight[i] = 1;
+        if (gate == NULL) continue;
+        float logit = dot(gate, s->h + i * hidden, hidden);
+        const adapt_target t = {.role = CHOIR_ROLE_SHARED_ROUTER, .layer = l};
+        choir_adapt_row(e, &t, (uint32_t)i, (activations){s->h, hidden}, &logit, 1);
+        s->always_weight[i] = 1 / (1 + expf(-logit));
+    }
 }
 
 /* h -> (expert, weight) for the worker's own rows, which it has just normed. */
@@ -85,6 +90,10 @@ static void route(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_worke
     if (begin == end) return;
     const choir_acts own = {s->h + begin * hidden, NULL, (uint32_t)(end - begin), hidden};
     e->kernels->matmul(&w->router, &own, s->router_logits + begin * n, n, 0, n);
+    const adapt_target t = {.role = CHOIR_ROLE_ROUTER, .layer = l};
+    for (uint64_t i = begin; i < end; i++)
+        choir_adapt_row(e, &t, (uint32_t)i, (activations){s->h, hidden}, s->router_logits + i * n,
+                        n);
     for (uint64_t i = begin; w->router_bias != NULL && i < end; i++)
         e->kernels->add(s->router_logits + i * n, w->router_bias, n);
     if (e->forced_expert >= 0)
@@ -228,45 +237,100 @@ static void gather(choir_engine *e, uint32_t worker, uint32_t n_workers)
     }
 }
 
+/* -- adapters -- */
+
+typedef enum buffer {
+    GATE_BUFFER,
+    UP_BUFFER,
+    DOWN_BUFFER
+} buffer; /* where a phase keeps A z of its rows */
+
+static buffer buffer_of(choir_role routed)
+{
+    if (routed == CHOIR_ROLE_EXPERT_DOWN) return DOWN_BUFFER;
+    return routed == CHOIR_ROLE_EXPERT_UP ? UP_BUFFER : GATE_BUFFER;
+}
+
+/* The expert that takes every row, the shared one or the dense FFN, by one of choir_expert_roles.
+ */
+static adapt_target always_target(const choir_engine *e, uint32_t l, choir_role routed)
+{
+    static const choir_role shared[] = {CHOIR_ROLE_SHARED_GATE, CHOIR_ROLE_SHARED_UP,
+                                        CHOIR_ROLE_SHARED_DOWN};
+    static const choir_role dense[] = {CHOIR_ROLE_FFN_GATE, CHOIR_ROLE_FFN_UP, CHOIR_ROLE_FFN_DOWN};
+    bool moe = e->layers[l].router.rows > 0;
+    buffer part = buffer_of(routed);
+    return (adapt_target){.role = moe ? shared[part] : dense[part], .layer = l, .buffer = part};
+}
+
+/* (adapter, expert) is one routed unit: the slots of an expert, each with its row's adapter.
+ * Buffers are the slots' own, behind those of rows that a shared expert keeps: they have no
+ * matrices in common. */
+static adapt_target slots_target(const choir_engine *e, uint32_t l, choir_role role,
+                                 uint32_t expert)
+{
+    const choir_plan *p = e->step.plan;
+    return (adapt_target){.role = role,
+                          .layer = l,
+                          .index = expert,
+                          .buffer = buffer_of(role),
+                          .map = p->slots + p->first[expert],
+                          .divide = p->k,
+                          .first = e->step.n_rows + p->first[expert]};
+}
+
 /* Slots' rows and their quantised twins: each expert's slots lie in an area of their own. */
 typedef struct slot_rows {
     const float *x; /* [S, cols] */
     uint32_t cols;
     uint8_t *q8;
     const size_t *at; /* [n_experts] */
+    uint32_t layer, n_roles;
+    choir_role roles[2]; /* whose inputs they are */
 } slot_rows;
 
-/* Quantises those of the expert's slots whose numbers, counted from `first`, are in [begin, end).
- */
+/* Quantises (and shrinks for their adapters) those of the expert's slots whose numbers, counted
+ * from `first`, are in [begin, end). */
 static void quantize_slots(choir_engine *e, const slot_rows *r, uint32_t expert, uint64_t first,
                            uint64_t begin, uint64_t end)
 {
     uint64_t last = first + n_slots_of(e->step.plan, expert);
     uint64_t b = begin > first ? begin : first, n = end < last ? end : last;
-    if (b < n)
+    if (b >= n) return;
+    const activations in = {r->x + (size_t)e->step.plan->first[expert] * r->cols, r->cols};
+    for (uint32_t i = 0; i < r->n_roles; i++) {
+        const adapt_target t = slots_target(e, r->layer, r->roles[i], expert);
+        choir_adapt_shrink(e, &t, in, (uint32_t)(b - first), (uint32_t)(n - first));
+    }
+    if (!e->options.exact)
         e->kernels->quantize(r->x + (size_t)e->step.plan->first[expert] * r->cols, r->cols,
                              r->q8 + r->at[expert], (uint32_t)(b - first), (uint32_t)(n - first));
 }
 
 /* The worker's share of all slots. */
-static void quantize_inputs(choir_engine *e, uint32_t worker, uint32_t n_workers)
+static void quantize_inputs(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
-    const slot_rows r = {s->slot_in, e->config.hidden, s->q8_h, s->q8_in_at};
+    const slot_rows r = {s->slot_in,
+                         e->config.hidden,
+                         s->q8_h,
+                         s->q8_in_at,
+                         l,
+                         2,
+                         {CHOIR_ROLE_EXPERT_GATE, CHOIR_ROLE_EXPERT_UP}};
     uint64_t begin, end;
-    if (e->options.exact) return;
     choir_share((uint64_t)s->n_rows * s->plan->k, 1, worker, n_workers, &begin, &end);
     for (uint32_t x = 0; x < e->config.n_experts; x++)
         if (s->wanted[x]) quantize_slots(e, &r, x, s->plan->first[x], begin, end);
 }
 
 /* The worker's share of the wave's slots. */
-static void quantize_activated(choir_engine *e, uint32_t worker, uint32_t n_workers)
+static void quantize_activated(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
-    const slot_rows r = {s->gate, e->config.expert_hidden, s->q8_ffn, s->q8_ffn_at};
+    const slot_rows r = {s->gate, e->config.expert_hidden, s->q8_ffn, s->q8_ffn_at, l,
+                         1,       {CHOIR_ROLE_EXPERT_DOWN}};
     uint64_t begin, end, total = 0, first = 0;
-    if (e->options.exact) return;
     for (uint32_t i = 0; i < s->n_wave; i++) total += n_slots_of(s->plan, s->wave[i]);
     choir_share(total, 1, worker, n_workers, &begin, &end);
     for (uint32_t i = 0; i < s->n_wave; first += n_slots_of(s->plan, s->wave[i++]))
@@ -289,27 +353,47 @@ static void activate(const choir_engine *e, const float *up, uint32_t n, float *
     }
 }
 
-/* gate = silu(Wg h) · (Wu h) over the worker's own columns; no meeting is needed in between. */
-static void gate_and_up(choir_engine *e, const choir_expert *expert, const choir_acts *in,
-                        float *gate, float *up, uint32_t worker, uint32_t n_workers)
+/* An expert on the rows that it takes. */
+typedef struct expert_rows {
+    const choir_expert *expert;
+    choir_acts in;
+    float *gate, *up; /* [in.n_rows, ffn] */
+    adapt_target gate_target, up_target, down_target;
+} expert_rows;
+
+/* gate = silu(Wg h) · (Wu h) over the worker's own columns; no meeting is needed in between, unless
+ * an adapter wants whole rows. */
+static void gate_and_up(choir_engine *e, const expert_rows *r, uint32_t worker, uint32_t n_workers)
 {
     uint64_t begin, end;
+    const choir_expert *expert = r->expert;
+    const choir_acts *in = &r->in;
+    const activations x = {in->x, in->cols};
+    float *gate = r->gate, *up = r->up;
     uint32_t ffn = expert->gate.rows;
     choir_share(ffn, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
     uint32_t n = (uint32_t)(end - begin);
+    if (n > 0) e->kernels->matmul(&expert->gate, in, gate, ffn, (uint32_t)begin, (uint32_t)end);
+    if (n > 0) e->kernels->matmul(&expert->up, in, up, ffn, (uint32_t)begin, (uint32_t)end);
+    choir_meet_for_series(e, &r->gate_target, (activations){gate, ffn}, in->n_rows, worker,
+                          n_workers);
+    choir_meet_for_series(e, &r->up_target, (activations){up, ffn}, in->n_rows, worker, n_workers);
     if (n == 0) return;
-    e->kernels->matmul(&expert->gate, in, gate, ffn, (uint32_t)begin, (uint32_t)end);
-    e->kernels->matmul(&expert->up, in, up, ffn, (uint32_t)begin, (uint32_t)end);
+    choir_adapt_expand(e, &r->gate_target, x, in->n_rows, gate, ffn, (uint32_t)begin,
+                       (uint32_t)end);
+    choir_adapt_expand(e, &r->up_target, x, in->n_rows, up, ffn, (uint32_t)begin, (uint32_t)end);
     for (size_t i = 0; i < in->n_rows; i++) {
         float *g = gate + i * ffn + begin, *u = up + i * ffn + begin;
         if (expert->gate_bias != NULL) e->kernels->add(g, expert->gate_bias + begin, n);
         if (expert->up_bias != NULL) e->kernels->add(u, expert->up_bias + begin, n);
         activate(e, u, n, g);
     }
+    choir_adapt_scale_inputs(e, &r->down_target, gate, ffn, 0, in->n_rows, (uint32_t)begin,
+                             (uint32_t)end);
 }
 
 /* Each slot's output over the worker's own columns. */
-static void down(choir_engine *e, uint32_t expert, uint32_t worker, uint32_t n_workers)
+static void down(choir_engine *e, uint32_t l, uint32_t expert, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
     const choir_plan *p = s->plan;
@@ -321,7 +405,10 @@ static void down(choir_engine *e, uint32_t expert, uint32_t worker, uint32_t n_w
     if (n == 0) return;
     const choir_acts in = {s->gate + (size_t)first * ffn, s->q8_ffn + s->q8_ffn_at[expert],
                            n_slots_of(p, expert), ffn};
-    e->kernels->matmul(&x->down, &in, s->slot_out + (size_t)first * hidden, hidden, (uint32_t)begin,
+    const adapt_target t = slots_target(e, l, CHOIR_ROLE_EXPERT_DOWN, expert);
+    float *y = s->slot_out + (size_t)first * hidden;
+    e->kernels->matmul(&x->down, &in, y, hidden, (uint32_t)begin, (uint32_t)end);
+    choir_adapt_expand(e, &t, (activations){in.x, ffn}, in.n_rows, y, hidden, (uint32_t)begin,
                        (uint32_t)end);
     for (uint32_t slot = first; x->down_bias != NULL && slot < p->first[expert + 1]; slot++)
         e->kernels->add(s->slot_out + (size_t)slot * hidden + begin, x->down_bias + begin, n);
@@ -348,7 +435,8 @@ static void mix(choir_engine *e, uint32_t worker, uint32_t n_workers)
 }
 
 /* The shared expert's part, after those of the routed ones. */
-static void mix_always(choir_engine *e, const choir_expert *x, uint32_t worker, uint32_t n_workers)
+static void mix_always(choir_engine *e, uint32_t l, const choir_expert *x, uint32_t worker,
+                       uint32_t n_workers)
 {
     step *s = &e->step;
     uint32_t hidden = x->down.rows;
@@ -356,7 +444,10 @@ static void mix_always(choir_engine *e, const choir_expert *x, uint32_t worker, 
     choir_share(hidden, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
     if (begin == end) return;
     const choir_acts in = {s->always_gate, s->q8_always, s->n_rows, x->down.cols};
+    const adapt_target t = always_target(e, l, CHOIR_ROLE_EXPERT_DOWN);
     e->kernels->matmul(&x->down, &in, s->h, hidden, (uint32_t)begin, (uint32_t)end);
+    choir_adapt_expand(e, &t, (activations){in.x, in.cols}, in.n_rows, s->h, hidden,
+                       (uint32_t)begin, (uint32_t)end);
     for (size_t i = 0; i < s->n_rows; i++) {
         float *y = s->h + i * hidden + begin;
         if (x->down_bias != NULL) e->kernels->add(y, x->down_bias + begin, (uint32_t)(end - begin));
@@ -366,20 +457,51 @@ static void mix_always(choir_engine *e, const choir_expert *x, uint32_t worker, 
     }
 }
 
-static void quantize_always(choir_engine *e, const choir_expert *x, uint32_t worker,
+static void quantize_always(choir_engine *e, uint32_t l, const choir_expert *x, uint32_t worker,
                             uint32_t n_workers)
 {
     step *s = &e->step;
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
+    const adapt_target t = always_target(e, l, CHOIR_ROLE_EXPERT_DOWN);
+    choir_adapt_shrink(e, &t, (activations){s->always_gate, x->gate.rows}, (uint32_t)begin,
+                       (uint32_t)end);
     if (!e->options.exact && begin < end)
         e->kernels->quantize(s->always_gate, x->gate.rows, s->q8_always, (uint32_t)begin,
                              (uint32_t)end);
 }
 
+/* gate and up of the expert that takes every row. */
+static void run_always(choir_engine *e, uint32_t l, const choir_expert *x, uint32_t worker,
+                       uint32_t n_workers)
+{
+    step *s = &e->step;
+    const expert_rows rows = {.expert = x,
+                              .in = {s->h, s->q8_rows, s->n_rows, e->config.hidden},
+                              .gate = s->always_gate,
+                              .up = s->always_up,
+                              .gate_target = always_target(e, l, CHOIR_ROLE_EXPERT_GATE),
+                              .up_target = always_target(e, l, CHOIR_ROLE_EXPERT_UP),
+                              .down_target = always_target(e, l, CHOIR_ROLE_EXPERT_DOWN)};
+    gate_and_up(e, &rows, worker, n_workers);
+}
+
+/* What adapters want of the normed rows for it, by the worker that normed them. */
+static void shrink_for_always(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
+{
+    step *s = &e->step;
+    uint64_t begin, end;
+    choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
+    for (int i = 0; i < 2; i++) {
+        const adapt_target t = always_target(e, l, choir_expert_roles[i]);
+        choir_adapt_shrink(e, &t, (activations){s->h, e->config.hidden}, (uint32_t)begin,
+                           (uint32_t)end);
+    }
+}
+
 /* The experts in reach: slot_out = down(act(gate) · up) of their slots. `always`: NULL, or the
  * shared expert, which computes beside the first wave. */
-static void run_wave(choir_engine *e, const choir_expert *always, uint32_t worker,
+static void run_wave(choir_engine *e, uint32_t l, const choir_expert *always, uint32_t worker,
                      uint32_t n_workers)
 {
     step *s = &e->step;
@@ -387,22 +509,25 @@ static void run_wave(choir_engine *e, const choir_expert *always, uint32_t worke
     for (uint32_t i = 0; i < s->n_wave; i++) {
         uint16_t x = s->wave[i];
         size_t first = s->plan->first[x];
-        const choir_acts in = {s->slot_in + first * hidden, s->q8_h + s->q8_in_at[x],
-                               n_slots_of(s->plan, x), hidden};
-        gate_and_up(e, s->pinned[x], &in, s->gate + first * ffn, s->up + first * ffn, worker,
-                    n_workers);
+        const expert_rows rows = {.expert = s->pinned[x],
+                                  .in = {s->slot_in + first * hidden, s->q8_h + s->q8_in_at[x],
+                                         n_slots_of(s->plan, x), hidden},
+                                  .gate = s->gate + first * ffn,
+                                  .up = s->up + first * ffn,
+                                  .gate_target = slots_target(e, l, CHOIR_ROLE_EXPERT_GATE, x),
+                                  .up_target = slots_target(e, l, CHOIR_ROLE_EXPERT_UP, x),
+                                  .down_target = slots_target(e, l, CHOIR_ROLE_EXPERT_DOWN, x)};
+        gate_and_up(e, &rows, worker, n_workers);
     }
-    const choir_acts rows = {s->h, s->q8_rows, s->n_rows, hidden};
-    if (always != NULL)
-        gate_and_up(e, always, &rows, s->always_gate, s->always_up, worker, n_workers);
+    if (always != NULL) run_always(e, l, always, worker, n_workers);
     choir_workers_sync(e->workers);
 
-    quantize_activated(e, worker, n_workers);
-    if (always != NULL) quantize_always(e, always, worker, n_workers);
+    quantize_activated(e, l, worker, n_workers);
+    if (always != NULL) quantize_always(e, l, always, worker, n_workers);
     choir_workers_sync(e->workers);
 
     for (uint32_t i = 0; i < s->n_wave; i++) {
-        down(e, s->wave[i], worker, n_workers);
+        down(e, l, s->wave[i], worker, n_workers);
         if (worker == 0) s->computed[s->wave[i]] = true;
     }
 }
@@ -424,7 +549,10 @@ static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
     step *s = &e->step;
     const choir_expert *always = e->layers[l].always.gate.rows > 0 ? &e->layers[l].always : NULL;
     route(e, l, worker, n_workers);
-    if (always != NULL) weigh_always(e, l, worker, n_workers);
+    if (always != NULL) {
+        weigh_always(e, l, worker, n_workers);
+        shrink_for_always(e, l, worker, n_workers);
+    }
     choir_workers_sync(e->workers);
 
     if (worker == 0) open_experts(e, l);
@@ -432,18 +560,18 @@ static void run_experts(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
 
     gather(e, worker, n_workers);
     choir_predict_rows(e, l, worker, n_workers);
-    quantize_inputs(e, worker, n_workers);
+    quantize_inputs(e, l, worker, n_workers);
     choir_workers_sync(e->workers);
 
     if (worker == 0) choir_predict_prefetch(e, l);
-    run_wave(e, always, worker, n_workers);
+    run_wave(e, l, always, worker, n_workers);
     while (s->more) {
         next_wave(e, l, worker, n_workers);
-        run_wave(e, NULL, worker, n_workers);
+        run_wave(e, l, NULL, worker, n_workers);
     }
     choir_workers_sync(e->workers); /* computed[] is seen by all */
     mix(e, worker, n_workers);
-    if (always != NULL) mix_always(e, always, worker, n_workers);
+    if (always != NULL) mix_always(e, l, always, worker, n_workers);
     choir_workers_sync(e->workers);
     if (worker == 0) close_wave(e, l);
 }
@@ -453,18 +581,23 @@ static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_w
     step *s = &e->step;
     const layer *w = &e->layers[l];
     clear_routes(e, l, worker, n_workers);
+    shrink_for_always(e, l, worker, n_workers);
     choir_workers_sync(e->workers);
 
-    const choir_acts in = {s->h, s->q8_rows, s->n_rows, e->config.hidden};
-    gate_and_up(e, &w->always, &in, s->always_gate, s->always_up, worker, n_workers);
+    run_always(e, l, &w->always, worker, n_workers);
     choir_workers_sync(e->workers);
 
-    quantize_always(e, &w->always, worker, n_workers);
+    quantize_always(e, l, &w->always, worker, n_workers);
     choir_workers_sync(e->workers);
 
-    const choir_acts act = {s->always_gate, s->q8_always, s->n_rows, e->config.ffn_hidden};
-    choir_multiply_into_residual(e, &w->always.down, w->always.down_bias, w->ffn_post_norm, &act,
-                                 s->h, worker, n_workers);
+    const residual_product down = {
+        .matrix = &w->always.down,
+        .bias = w->always.down_bias,
+        .post_norm = w->ffn_post_norm,
+        .acts = {s->always_gate, s->q8_always, s->n_rows, e->config.ffn_hidden},
+        .y = s->h,
+        .target = always_target(e, l, CHOIR_ROLE_EXPERT_DOWN)};
+    choir_multiply_into_residual(e, &down, worker, n_workers);
 }
 
 void choir_phase_ffn(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
@@ -474,8 +607,8 @@ void choir_phase_ffn(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_wo
     bool moe = w->router.rows > 0;
     /* Routed experts' slots are quantised after routing; rows, for the expert that takes all of
      * them. */
-    choir_norm_rows(e, &w->ffn_norm, s->h, w->always.gate.rows > 0 ? s->q8_rows : NULL, worker,
-                    n_workers);
+    const layer_norm before = {&w->ffn_norm, CHOIR_ROLE_FFN_NORM, l};
+    choir_norm_rows(e, before, s->h, w->always.gate.rows > 0 ? s->q8_rows : NULL, worker, n_workers);
     copy_taps(e, l, worker, n_workers);
     if (moe)
         run_experts(e, l, worker, n_workers);

@@ -27,7 +27,7 @@ void choir_predict_rows(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n
     if (begin == end) return;
     const layer *w = &e->layers[to];
     for (uint64_t i = begin; i < end; i++)
-        choir_norm_row(e, &w->ffn_norm, s->x + i * hidden, s->predict_h + i * hidden);
+        choir_norm_row(e, w->ffn_norm, s->x + i * hidden, s->predict_h + i * hidden);
     const choir_acts own = {s->predict_h + begin * hidden, NULL, (uint32_t)(end - begin), hidden};
     e->kernels->matmul(&w->router, &own, s->predict_logits + begin * n, n, 0, n);
     for (uint64_t i = begin; w->router_bias != NULL && i < end; i++)

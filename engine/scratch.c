@@ -32,6 +32,9 @@ static void carve_rows(choir_engine *e, carver *c)
     s->outputs = carve(c, n, sizeof *s->outputs);
     s->output_status = carve(c, n, sizeof *s->output_status);
     s->first_row = carve(c, e->options.max_spans, sizeof *s->first_row);
+    s->order = carve(c, e->options.max_spans, sizeof *s->order);
+    s->runs = carve(c, e->options.max_spans, sizeof *s->runs);
+    s->run_of = carve(c, n, sizeof *s->run_of);
     s->items = carve(c, n * choir_head_groups(m), sizeof *s->items);
     s->x = carve(c, n * m->hidden, sizeof(float));
     s->h = carve(c, n * m->hidden, sizeof(float));
@@ -165,6 +168,7 @@ void choir_step_destroy(choir_engine *e)
 {
     choir_plan_destroy(e->step.plan);
     choir_plan_destroy(e->step.prediction);
+    choir_adapt_free(e);
     choir_free_pages(CHOIR_MEM_SCRATCH, e->scratch, e->scratch_bytes);
 }
 

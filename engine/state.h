@@ -6,6 +6,7 @@
  * LIMITS  R = max_rows rows, S = R * k expert slots, B = HEAD_ROWS logits rows at a time.
  * NEXT    engine/token_path.c */
 #pragma once
+#include "engine/adapt.h"
 #include "engine/engine.h"
 #include "engine/families/families.h"
 #include "experts/experts.h"
@@ -101,6 +102,15 @@ typedef struct step {
     uint16_t guessed[MAX_PREFETCH];
     float *logits;            /* [B, vocab] */
     choir_status *output_status; /* [R] of each output row; folded into spans at the end */
+    /* Adapters: the rows' runs; A z of each row, [ADAPT_BUFFERS, low_rank_floats], a row's n_ranks long. */
+    uint32_t *order;          /* [max_spans] spans as their rows lie: those of one adapter together */
+    adapter_run *runs;        /* [max_spans] */
+    uint32_t *run_of;         /* [R]; NO_RUN: the base alone */
+    uint32_t n_runs, n_ranks;
+    uint64_t adapted_roles, series_roles, in_scale_roles; /* bits; 0: no row has any such change */
+    bool has_virtual;
+    float *low_rank;
+    size_t low_rank_floats, low_rank_bytes;
     float **attention_scratch; /* [n_threads] */
     void **sampler_scratch;    /* [n_threads] */
 } step;
@@ -193,19 +203,35 @@ choir_status choir_rope_create(choir_engine *engine, const choir_model_file *fil
 void choir_rope_rows(const choir_engine *engine, uint64_t begin, uint64_t end);
 
 /* out = norm(x), RMSNorm or LayerNorm; x and out: [hidden], may be the same. */
-void choir_norm_row(const choir_engine *engine, const norm *w, const float *x, float *out);
+void choir_norm_row(const choir_engine *engine, norm w, const float *x, float *out);
+/* A norm of a layer, and its role. */
+typedef struct layer_norm {
+    const norm *norm;
+    choir_role role;
+    uint32_t layer;
+} layer_norm;
 /* h = norm(x) for the worker's rows, quantised into q8 unless exact or NULL. */
-void choir_norm_rows(choir_engine *engine, const norm *w, float *h, uint8_t *q8, uint32_t worker,
+void choir_norm_rows(choir_engine *engine, layer_norm w, float *h, uint8_t *q8, uint32_t worker,
                      uint32_t n_workers);
-/* x += residual_scale * post_norm(W a + bias): bias and post_norm may be NULL. y: [n_rows, hidden]
- * scratch. Ends with a meeting. */
-void choir_multiply_into_residual(choir_engine *engine, const choir_matrix *w, const float *bias,
-                                  const float *post_norm, const choir_acts *acts, float *y,
-                                  uint32_t worker, uint32_t n_workers);
-/* One worker's share of several products of the same activations. */
+/* A serial bottleneck takes whole rows of what W makes: all workers meet, each shrinks rows of its own, and they
+ * meet again. Nothing where no row has one. */
+void choir_meet_for_series(choir_engine *engine, const adapt_target *target, activations y, uint32_t n_rows,
+                           uint32_t worker, uint32_t n_workers);
+/* x += residual_scale * post_norm(W a + bias). Ends with a meeting. */
+typedef struct residual_product {
+    const choir_matrix *matrix;
+    const float *bias, *post_norm; /* NULL, or [rows] */
+    choir_acts acts;
+    float *y; /* [n_rows, hidden] scratch */
+    adapt_target target;
+} residual_product;
+void choir_multiply_into_residual(choir_engine *engine, const residual_product *product, uint32_t worker,
+                                  uint32_t n_workers);
+/* One worker's share of several products of the same activations, with what adapters make of them. */
 typedef struct product {
     const choir_matrix *matrix;
     float *y; /* [n_rows, matrix->rows] */
+    adapt_target target;
 } product;
-void choir_multiply(const choir_engine *engine, const product *products, uint32_t n_products,
+void choir_multiply(choir_engine *engine, const product *products, uint32_t n_products,
                     const choir_acts *acts, uint32_t worker, uint32_t n_workers);

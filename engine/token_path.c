@@ -19,7 +19,9 @@ static void embed(choir_engine *e, uint32_t worker, uint32_t n_workers)
     float scale = e->config.embedding_scale;
     for (uint64_t i = begin; i < end; i++) {
         float *x = s->x + i * hidden;
-        choir_matrix_row(&e->embedding, s->rows[i].token, x);
+        if (s->rows[i].token < e->config.vocab)
+            choir_matrix_row(&e->embedding, s->rows[i].token, x);
+        choir_adapt_embedding(e, i, x);
         for (uint32_t d = 0; scale != 1 && d < hidden; d++) x[d] *= scale;
     }
     choir_rope_rows(e, begin, end);
@@ -35,6 +37,27 @@ static void run_token_path(void *arg, uint32_t worker, uint32_t n_workers)
         choir_phase_ffn(e, l, worker, n_workers);
     }
     choir_phase_head(e, worker, n_workers);
+}
+
+static choir_status check_adapters(const choir_span *span)
+{
+    if (span->n_adapters > CHOIR_MAX_MIX)
+        return choir_fail(CHOIR_E_INVALID, "%u adapters at once, the limit is %d", span->n_adapters,
+                          CHOIR_MAX_MIX);
+    for (uint32_t i = 0; i < span->n_adapters; i++)
+        if (!choir_adapter_mixes(span->adapters[i].adapter) &&
+            (span->n_adapters > 1 || span->adapters[i].weight != 1))
+            return choir_fail(CHOIR_E_INVALID,
+                              "an adapter that replaces weights or brings tokens in a mix");
+    return CHOIR_OK;
+}
+
+/* Token i is a virtual one of the span's adapter, at its own position. */
+static bool is_virtual(const choir_engine *e, const choir_span *span, uint32_t i)
+{
+    uint32_t number = span->tokens[i] - e->config.vocab;
+    return span->n_adapters == 1 && number < choir_adapter_n_virtual(span->adapters[0].adapter) &&
+           number == span->position + i;
 }
 
 static choir_status check_span(const choir_engine *e, const choir_span *span)
@@ -53,8 +76,9 @@ static choir_status check_span(const choir_engine *e, const choir_span *span)
     for (uint32_t i = 0; i < span->n_pages; i++)
         if (span->pages[i] >= e->n_pages)
             return choir_fail(CHOIR_E_INVALID, "KV page %u of %u", span->pages[i], e->n_pages);
+    CHOIR_TRY(check_adapters(span));
     for (uint32_t i = 0; i < span->n_tokens; i++)
-        if (span->tokens[i] >= e->config.vocab)
+        if (span->tokens[i] >= e->config.vocab && !is_virtual(e, span, i))
             return choir_fail(CHOIR_E_INVALID, "token %u, the vocabulary has %u", span->tokens[i],
                               e->config.vocab);
     for (uint32_t i = 0; span->targets != NULL && i < span->n_logits; i++)
@@ -85,6 +109,25 @@ static void add_attention_items(choir_engine *e, uint32_t span_index)
     }
 }
 
+static bool comes_after(const choir_span *a, const choir_span *b)
+{
+    if (a->n_adapters != b->n_adapters) return a->n_adapters > b->n_adapters;
+    return a->n_adapters > 0 &&
+           (uintptr_t)a->adapters[0].adapter > (uintptr_t)b->adapters[0].adapter;
+}
+
+/* Spans of one adapter lie together, so that its factors are read once a phase; a span's result
+ * does not depend on where it lies. */
+static void sort_by_adapter(step *s)
+{
+    for (uint32_t i = 0; i < s->n_spans; i++) {
+        uint32_t at = i;
+        for (; at > 0 && comes_after(&s->spans[s->order[at - 1]], &s->spans[i]); at--)
+            s->order[at] = s->order[at - 1];
+        s->order[at] = i;
+    }
+}
+
 /* Lays the spans' tokens out as rows and lists the step's attention items and output rows. */
 static choir_status lay_out(choir_engine *e, choir_span *spans, uint32_t n_spans)
 {
@@ -96,9 +139,11 @@ static choir_status lay_out(choir_engine *e, choir_span *spans, uint32_t n_spans
     if (n_spans > e->options.max_spans)
         return choir_fail(CHOIR_E_INVALID, "%u spans in a step of at most %u", n_spans,
                           e->options.max_spans);
-    for (uint32_t i = 0; i < n_spans; i++) {
+    for (uint32_t i = 0; i < n_spans; i++) CHOIR_TRY(check_span(e, &spans[i]));
+    sort_by_adapter(s);
+    for (uint32_t at = 0; at < n_spans; at++) {
+        uint32_t i = s->order[at];
         choir_span *span = &spans[i];
-        CHOIR_TRY(check_span(e, span));
         if (span->n_tokens > e->options.max_rows - s->n_rows)
             return choir_fail(CHOIR_E_INVALID, "more than %u tokens in a step",
                               e->options.max_rows);
@@ -111,7 +156,7 @@ static choir_status lay_out(choir_engine *e, choir_span *spans, uint32_t n_spans
         }
         add_attention_items(e, i);
     }
-    return CHOIR_OK;
+    return choir_adapt_lay_out(e);
 }
 
 choir_status choir_span_failure(const choir_span *span)

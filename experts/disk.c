@@ -38,7 +38,7 @@ choir_status choir_disk_open(choir_io io, uint32_t depth, choir_disk **out)
         status = choir_disk_uring_open(depth, true, out);
     if (status != CHOIR_E_UNAVAILABLE || io != CHOIR_IO_AUTO) return status;
     choir_log(CHOIR_LOG_WARNING,
-              "%s; experts are read by a pool of threads instead (a container's seccomp profile "
+              "%s; files are read by a pool of threads instead (a container's seccomp profile "
               "often forbids io_uring)",
               choir_error_message());
     return choir_disk_pool_open(depth, out);

@@ -12,6 +12,7 @@
 #pragma once
 #include "base/base.h"
 #include "engine/kernels/kernels.h"
+#include "experts/adapters.h"
 #include "experts/disk.h"
 #include "experts/policy.h"
 
@@ -135,6 +136,8 @@ uint32_t choir_experts_missing(choir_experts *store, choir_expert_missing *out);
 uint32_t choir_experts_prefetch(choir_experts *store, uint32_t layer, const uint16_t *experts,
                                 uint32_t n);
 
+/* Any thread: its shapes and biases; its matrices have data only where all experts are resident. */
+const choir_expert *choir_experts_describe(const choir_experts *store, uint32_t layer, uint32_t expert);
 /* One expert alone, for loading and tests: resident ones only. */
 choir_status choir_experts_pin(choir_experts *store, uint32_t layer, uint32_t expert,
                                const choir_expert **out) CHOIR_MUST_USE;

@@ -125,6 +125,11 @@ choir_status choir_experts_reserve(choir_experts *store, uint32_t layer, choir_e
     return CHOIR_OK;
 }
 
+const choir_expert *choir_experts_describe(const choir_experts *store, uint32_t layer, uint32_t expert)
+{
+    return &entry_at(store, layer, expert)->expert;
+}
+
 choir_status choir_experts_pin(choir_experts *store, uint32_t layer, uint32_t expert,
                                const choir_expert **out)
 {

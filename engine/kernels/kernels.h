@@ -113,6 +113,33 @@ typedef struct choir_acts {
 } choir_acts;
 size_t choir_acts_q8_bytes(uint32_t n_rows, uint32_t cols);
 
+/* A factor of a low-rank pair B A (Hu et al. 2021) as `rank` rows of equal length: A as it is, [rank, inputs], and
+ * B turned, [rank, outputs]. A row begins at a multiple of `stride` elements and ends in zeros up to it. */
+typedef enum choir_factor_type {
+    CHOIR_FACTOR_F32,
+    CHOIR_FACTOR_F16, /* a power of two for each row, which leaves it the whole precision of 11 bits */
+    CHOIR_FACTOR_BF16,
+    CHOIR_FACTOR_INT8, /* a scale for each row */
+    CHOIR_N_FACTOR_TYPES
+} choir_factor_type;
+typedef struct choir_factor {
+    choir_factor_type type;
+    uint32_t rank, length, stride;
+    const void *data;
+    const float *scales; /* [rank] of F16 and INT8, else NULL */
+} choir_factor;
+static inline uint32_t choir_factor_stride(uint32_t length) { return (length + 15) & ~15U; }
+size_t choir_factor_bytes(choir_factor_type type, uint32_t rank, uint32_t length); /* data, then scales */
+/* Lays out `rank` rows of f32 that lie `row_stride` apart, their elements `stride` apart, into `data`
+ * (choir_factor_bytes). Rounds to nearest. */
+choir_factor choir_factor_pack(choir_factor_type type, uint32_t rank, uint32_t length, const float *from,
+                               size_t row_stride, size_t stride, void *data);
+uint16_t choir_f32_to_bf16(float x); /* finite; to nearest, ties to even */
+static inline float choir_factor_scale(const choir_factor *f, uint32_t r)
+{
+    return f->scales != NULL ? f->scales[r] : 1;
+}
+
 /* One (sequence, kv head, some query heads of it, block of query tokens). K and V of a layer in one page lie as f16
  * K[n_kv_heads][page_tokens][key_dim] then V[n_kv_heads][page_tokens][value_dim], at
  * kv + pages[i] * page_stride. Latent attention (DeepSeek-AI 2024) has K alone: a value is the first
@@ -161,6 +188,11 @@ typedef struct choir_kernels {
     /* y[i, r] = sum_k W[r, k] x[i, k] for r in [begin, end), all acts rows. y has row stride ldy and is
      * indexed by absolute r. begin, end: multiples of CHOIR_PACK_ROWS, except end = rows. */
     void (*matmul)(const choir_matrix *w, const choir_acts *acts, float *restrict y, size_t ldy,
+                   uint32_t begin, uint32_t end);
+    /* t[i, r] = scale[r] sum_k A[r, k] x[i, k] of n_rows rows */
+    void (*shrink)(const choir_factor *a, const float *x, size_t ldx, uint32_t n_rows, float *t, size_t ldt);
+    /* y[i, c] += sum_r t[i, r] scale[r] B[r, c] for c in [begin, end), ranks ascending. begin, end: as matmul's */
+    void (*expand)(const choir_factor *b, const float *t, size_t ldt, uint32_t n_rows, float *y, size_t ldy,
                    uint32_t begin, uint32_t end);
     /* out = x / sqrt(mean(x^2) + eps) * weight  (Zhang, Sennrich 2019); weight NULL means ones */
     void (*rms_norm)(const float *x, const float *weight, float eps, uint32_t n, float *out);

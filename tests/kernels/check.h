@@ -38,5 +38,6 @@ choir_matrix check_packed(const choir_tensor *t);
  * ------------------------------------------------------------------ */
 void check_rows(const choir_kernels *ref, const choir_kernels *k);
 void check_matmul(const choir_kernels *ref, const choir_kernels *k);
+void check_factors(const choir_kernels *ref, const choir_kernels *k);
 void check_attention(const choir_kernels *ref, const choir_kernels *k);
 void check_bench(const choir_kernels *k);

@@ -99,6 +99,33 @@ static void bench_product(const choir_kernels *k, choir_dtype dtype, bool exact,
     free((void *)t.data);
 }
 
+/* Both factors of one matrix at each row count, in memory that a cache holds. */
+static void bench_factors(const choir_kernels *k, choir_factor_type type, uint32_t rank, peaks p)
+{
+    enum { IN = 576, OUT = 1536, ROWS = 32 };
+    static float from[IN * 64 + OUT * 64], x[ROWS * IN], t[ROWS * 64], y[ROWS * OUT];
+    void *a = aligned_alloc(64, choir_factor_bytes(type, rank, IN));
+    void *b = aligned_alloc(64, choir_factor_bytes(type, rank, OUT));
+    CHOIR_ASSERT(a != NULL && b != NULL && rank <= 64);
+    check_floats(from, sizeof from / sizeof *from);
+    check_floats(x, ROWS * IN);
+    choir_factor fa = choir_factor_pack(type, rank, IN, from, IN, 1, a);
+    choir_factor fb = choir_factor_pack(type, rank, OUT, from, OUT, 1, b);
+    for (uint32_t n = 1; n <= ROWS; n = n == 1 ? 4 : n * 8) {
+        double down, up;
+        BEST(down, 50, k->shrink(&fa, x, IN, n, t, 64));
+        BEST(up, 50, k->expand(&fb, t, 64, n, y, OUT, 0, OUT));
+        printf("  factors type %d rank %2u, %2u rows  A %7.2f us %5.1f GOPS %3.0f%%  B %7.2f us "
+               "%5.1f GOPS "
+               "%3.0f%% of the f32 peak\n",
+               type, rank, n, down * 1e6, 2e-9 * rank * IN * n / down,
+               100.0 * rank * IN * n / down / p.f32, up * 1e6, 2e-9 * rank * OUT * n / up,
+               100.0 * rank * OUT * n / up / p.f32);
+    }
+    free(a);
+    free(b);
+}
+
 static void bench_attention(const choir_kernels *k, uint32_t position, uint32_t n_queries, peaks p)
 {
     enum { HEADS = 9, KV_HEADS = 3, DIM = 64, PAGE = 32 };
@@ -177,6 +204,9 @@ void check_bench(const choir_kernels *k)
                           types[i] == CHOIR_Q4_K || types[i] == CHOIR_Q6_K ? 512 : 576, n, p);
     if (!slow) bench_product(k, CHOIR_Q8_0, false, 49152, 576, 1, p);
     if (!slow) bench_product(k, CHOIR_Q4_1, true, 1536, 576, 512, p);
+    for (int type = 0; type < CHOIR_N_FACTOR_TYPES; type++)
+        for (uint32_t rank = 8; rank <= 64; rank *= 8)
+            bench_factors(k, (choir_factor_type)type, rank, p);
     bench_attention(k, 511, 1, p);
     if (!slow) bench_attention(k, 4095, 1, p);
     bench_attention(k, 496, 16, p);

@@ -20,6 +20,7 @@ static void check_level(const choir_kernels *k, uint64_t seed, bool bench)
     check_seed(seed);
     check_rows(ref, k);
     check_matmul(ref, k);
+    check_factors(ref, k);
     check_attention(ref, k);
     printf("%-12s %s\n", k->name, check_failures() == before ? "equals the reference" : "FAILED");
 }

@@ -53,6 +53,15 @@ static inline __m512i sim_cvtepu16_epi32(__m256i x)
     return simde_mm512_loadu_si512(lane);
 }
 
+static inline __m512i sim_cvtepi8_epi32(__m128i x)
+{
+    int8_t from[16];
+    int32_t lane[16];
+    _mm_storeu_si128((__m128i *)from, x);
+    for (int i = 0; i < 16; i++) lane[i] = from[i];
+    return simde_mm512_loadu_si512(lane);
+}
+
 static inline __m512i sim_cvtps_epi32(__m512 x)
 {
     float lane[16];
@@ -124,6 +133,7 @@ static inline __m512 sim_fmadd_ps(__m512 x, __m512 y, __m512 z)
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_ph
 #undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtps_epi32
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtps_pd
@@ -136,6 +146,7 @@ static inline __m512 sim_fmadd_ps(__m512 x, __m512 y, __m512 z)
 #define _mm512_cvtph_ps(x)             sim_cvtph_ps(x)
 #define _mm512_cvtps_ph(x, mode)       sim_cvtps_ph(x)
 #define _mm512_cvtepu16_epi32(x)       sim_cvtepu16_epi32(x)
+#define _mm512_cvtepi8_epi32(x)        sim_cvtepi8_epi32(x)
 #define _mm512_cvtps_epi32(x)          sim_cvtps_epi32(x)
 #define _mm512_cvtepi32_ps(x)          sim_cvtepi32_ps(x)
 #define _mm512_cvtps_pd(x)             sim_cvtps_pd(x)

@@ -3,6 +3,7 @@
 #include "engine/kernels/cpu/wide_avx2.h"
 /* wide_*.h need the vocabulary above. */
 #include "engine/kernels/cpu/wide_attention.h"
+#include "engine/kernels/cpu/wide_factors.h"
 #include "engine/kernels/cpu/wide_matmul.h"
 #include "engine/kernels/cpu/wide_rows.h"
 
@@ -20,6 +21,8 @@ const choir_kernels choir_kernels_avx2 = {
     .name = "avx2",
     .quantize = quantize,
     .matmul = matmul,
+    .shrink = shrink,
+    .expand = expand,
     .rms_norm = rms_norm,
     .rope = rope,
     .silu_mul = silu_mul,

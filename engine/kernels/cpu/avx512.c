@@ -4,6 +4,7 @@
 #include "engine/kernels/cpu/wide_avx512.h"
 /* wide_*.h need the vocabulary above. */
 #include "engine/kernels/cpu/wide_attention.h"
+#include "engine/kernels/cpu/wide_factors.h"
 #include "engine/kernels/cpu/wide_matmul.h"
 #include "engine/kernels/cpu/wide_rows.h"
 
@@ -246,6 +247,8 @@ const choir_kernels choir_kernels_avx512 = {
     .name = "avx512vnni",
     .quantize = quantize,
     .matmul = matmul,
+    .shrink = shrink,
+    .expand = expand,
     .rms_norm = rms_norm,
     .rope = rope,
     .silu_mul = silu_mul,

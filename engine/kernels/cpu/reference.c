@@ -202,6 +202,45 @@ static void matmul(const choir_matrix *w, const choir_acts *acts, float *restric
         float_matmul(w, acts, y, ldy, begin, end);
 }
 
+/* -- low-rank factors -- */
+
+static float factor_at(const choir_factor *f, uint32_t r, uint32_t i)
+{
+    size_t at = (size_t)r * f->stride + i;
+    switch (f->type) {
+    case CHOIR_FACTOR_F32:
+        return ((const float *)f->data)[at];
+    case CHOIR_FACTOR_F16:
+        return f16_to_f32(((const uint16_t *)f->data)[at]);
+    case CHOIR_FACTOR_BF16:
+        return bf16_to_f32(((const uint16_t *)f->data)[at]);
+    default:
+        return ((const int8_t *)f->data)[at];
+    }
+}
+
+static void shrink(const choir_factor *a, const float *x, size_t ldx, uint32_t n_rows, float *t,
+                   size_t ldt)
+{
+    for (size_t i = 0; i < n_rows; i++)
+        for (uint32_t r = 0; r < a->rank; r++) {
+            float sum[LANES] = {0};
+            for (uint32_t k = 0; k < a->length; k++)
+                sum[k % LANES] = fmaf(factor_at(a, r, k), x[i * ldx + k], sum[k % LANES]);
+            t[i * ldt + r] = fold(sum) * choir_factor_scale(a, r);
+        }
+}
+
+static void expand(const choir_factor *b, const float *t, size_t ldt, uint32_t n_rows, float *y,
+                   size_t ldy, uint32_t begin, uint32_t end)
+{
+    for (size_t i = 0; i < n_rows; i++)
+        for (uint32_t c = begin; c < end; c++)
+            for (uint32_t r = 0; r < b->rank; r++)
+                y[i * ldy + c] = fmaf(t[i * ldt + r] * choir_factor_scale(b, r), factor_at(b, r, c),
+                                      y[i * ldy + c]);
+}
+
 /* -- rows -- */
 
 static void rms_norm(const float *x, const float *weight, float eps, uint32_t n, float *out)
@@ -296,6 +335,8 @@ const choir_kernels choir_kernels_reference = {
     .name = "reference",
     .quantize = quantize,
     .matmul = matmul,
+    .shrink = shrink,
+    .expand = expand,
     .rms_norm = rms_norm,
     .rope = rope,
     .silu_mul = silu_mul,

@@ -54,6 +54,13 @@ INLINE wide w_load_bf16(const uint16_t *p)
 {
     return (wide){bf16_lanes(p), bf16_lanes(p + 8)};
 }
+INLINE wide w_load_i8(const int8_t *p)
+{
+    __m128i codes = _mm_loadu_si128((const __m128i *)p);
+    __m256i low = _mm256_cvtepi8_epi32(codes);
+    __m256i high = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(codes, codes));
+    return (wide){_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)};
+}
 INLINE void w_store(float *p, wide x)
 {
     _mm256_storeu_ps(p, x.a);

@@ -43,6 +43,10 @@ INLINE wide w_load_bf16(const uint16_t *p)
     __m512i wider = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wider, 16));
 }
+INLINE wide w_load_i8(const int8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 INLINE void w_store(float *p, wide x)
 {
     _mm512_storeu_ps(p, x);
