@@ -131,28 +131,30 @@ static choir_status check_module(const choir_tune_merge *m, choir_tune_merged *m
     return CHOIR_OK;
 }
 
+static bool is_of_one_expert(const char *name)
+{
+    static const char part[] = ".experts.";
+    const char *at = strstr(name, part);
+    return at != NULL && at[sizeof part - 1] >= '0' && at[sizeof part - 1] <= '9';
+}
+
 /* A model has its experts stacked or one by one, and so has what adapts them: PEFT would pass over
  * one of the two. */
 static choir_status check_layouts(const choir_tune_merge *m)
 {
+    const char *stack = NULL, *one = NULL;
     for (size_t i = 0; i < m->n_modules; i++) {
-        const choir_tune_merged *stack = &m->modules[i];
-        size_t n = strlen(stack->name);
-        static const char nested[] = ".base_layer";
-        while (n > sizeof nested &&
-               strncmp(stack->name + n - (sizeof nested - 1), nested, sizeof nested - 1) == 0)
-            n -= sizeof nested - 1;
-        for (size_t k = 0; stack->stacked && k < m->n_modules; k++) {
-            const char *other = m->modules[k].name;
-            if (strncmp(other, stack->name, n) == 0 && other[n] == '.' && other[n + 1] >= '0' &&
-                other[n + 1] <= '9')
-                return choir_fail(CHOIR_E_INVALID,
-                                  "'%s' is of all experts at once and '%s' of one: adapters of "
-                                  "the two layouts cannot be joined",
-                                  stack->name, other);
-        }
+        const choir_tune_merged *t = &m->modules[i];
+        if (t->stacked)
+            stack = t->name;
+        else if (is_of_one_expert(t->name))
+            one = t->name;
     }
-    return CHOIR_OK;
+    if (stack == NULL || one == NULL) return CHOIR_OK;
+    return choir_fail(CHOIR_E_INVALID,
+                      "'%s' is of all experts at once and '%s' of one: adapters of the two layouts "
+                      "cannot be joined",
+                      stack, one);
 }
 
 static choir_status choose_rank(choir_tune_merge *m)

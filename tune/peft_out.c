@@ -142,7 +142,7 @@ static choir_status targets_of_stacks(const choir_tune_merge *m, const configs *
                                 m->pairs[i]->folder, m->pairs[first]->folder);
         json_decref(others);
     }
-    *out = keys_of(words);
+    if (status == CHOIR_OK) *out = keys_of(words);
     json_decref(words);
     return status;
 }

@@ -103,7 +103,7 @@ typedef struct choir_merge_adapter {
 } choir_merge_adapter;
 
 enum { CHOIR_MAX_MERGE = 64 };
-#define CHOIR_MERGE_MAX_WEIGHT 1000.0
+#define CHOIR_MERGE_MAX_WEIGHT 8.0
 
 /* `choir merge`: adapters of one base become one, as PEFT writes them, whole or not there. */
 typedef struct choir_merge_options {
