@@ -1,5 +1,5 @@
 /* Where a step's rows meet their adapters: y = W x becomes scale · W x + B f(A z) + shift, each
- * row_index with its own. Rows lie sorted by adapter, so that a factor is read once for all rows
+ * at with its own. Rows lie sorted by adapter, so that a factor is read once for all rows
  * that share it, and a row pays its own rank. A z is computed by whoever made the rows,
  * before the phase's meeting; B's columns are cut as W's are: adapters add no meeting of their own
  * (Chen et al. 2023, Punica; Sheng et al. 2023, S-LoRA, for the idea of batching them). */
@@ -44,9 +44,12 @@ static choir_status reserve(choir_engine *e)
     step *s = &e->step;
     static const uint64_t routed =
         CHOIR_ROLE_BIT(EXPERT_GATE) | CHOIR_ROLE_BIT(EXPERT_UP) | CHOIR_ROLE_BIT(EXPERT_DOWN);
+    static const uint64_t of_heads = CHOIR_ROLE_BIT(ATTN_K_B) | CHOIR_ROLE_BIT(ATTN_V_B);
     size_t rows = s->n_rows, ranks = s->n_ranks > MIN_RANKS ? s->n_ranks : MIN_RANKS;
     /* Slots' buffers lie behind the rows'. */
     if ((s->adapted_roles & routed) != 0) rows += rows * e->config.n_experts_used;
+    /* Each worker has a head of all rows at a time. */
+    if ((s->adapted_roles & of_heads) != 0) rows *= e->n_threads;
     s->n_ranks = (uint32_t)ranks;
     s->low_rank_floats = (rows + 1) * ranks;
     size_t bytes = ADAPT_BUFFERS * s->low_rank_floats * sizeof(float);
@@ -123,9 +126,9 @@ static const adapted *change_of(const adapter_run *run, uint32_t use, const adap
 }
 
 static float *low_rank_of(const step *s, const adapt_target *t, const adapter_run *run,
-                          uint32_t use, size_t row_index)
+                          uint32_t use, size_t at)
 {
-    return s->low_rank + t->buffer * s->low_rank_floats + (t->first + row_index) * s->n_ranks +
+    return s->low_rank + t->buffer * s->low_rank_floats + (t->first + at) * s->n_ranks +
            run->at[use];
 }
 
@@ -158,33 +161,88 @@ static void finish_low_rank(const adapted *c, float weight, float *t)
     }
 }
 
-static void shrink(choir_engine *e, const adapt_target *t, activations in, size_t begin, size_t end,
-                   bool series)
+static void shrink(choir_engine *e, const adapt_target *t, activations in, size_t begin, size_t end)
 {
     step *s = &e->step;
     size_t i = begin, first;
     for (const adapter_run *run; (run = next_rows(s, t, &i, end, &first)) != NULL;)
         for (uint32_t u = 0; u < run->n_uses; u++) {
             const adapted *c = change_of(run, u, t);
-            if (c == NULL || c->a.rank == 0 || c->series != series) continue;
+            if (c == NULL || c->a.rank == 0 || c->series || c->residual) continue;
             float *low = low_rank_of(s, t, run, u, first);
             e->kernels->shrink(&c->a, in.x + first * in.ldx, in.ldx, (uint32_t)(i - first), low,
                                s->n_ranks);
-            for (size_t row_index = first; row_index < i; row_index++)
-                finish_low_rank(c, run->uses[u].weight, low + (row_index - first) * s->n_ranks);
+            for (size_t at = first; at < i; at++)
+                finish_low_rank(c, run->uses[u].weight, low + (at - first) * s->n_ranks);
         }
 }
 
 void choir_adapt_shrink(choir_engine *e, const adapt_target *t, activations in, uint32_t begin,
                         uint32_t end)
 {
-    if (choir_adapts(e, t->role)) shrink(e, t, in, begin, end, false);
+    if (choir_adapts(e, t->role)) shrink(e, t, in, begin, end);
+}
+
+/* A z of one row where z is y0, the residual stream, or their sum: A y0 + A x. */
+static void shrink_row(const choir_engine *e, const adapted *c, const float *y, const float *x,
+                       float weight, float *low)
+{
+    float more[CHOIR_ADAPTER_MAX_RANK];
+    e->kernels->shrink(&c->a, c->series ? y : x, 0, 1, low, 0);
+    if (c->series && c->residual) {
+        e->kernels->shrink(&c->a, x, 0, 1, more, 0);
+        e->kernels->add(low, more, c->a.rank);
+    }
+    finish_low_rank(c, weight, low);
 }
 
 void choir_adapt_shrink_outputs(choir_engine *e, const adapt_target *t, activations y,
                                 uint32_t begin, uint32_t end)
 {
-    if (choir_adapts_series(e, t->role)) shrink(e, t, y, begin, end, true);
+    step *s = &e->step;
+    size_t i = begin, first;
+    if (!choir_adapts_series(e, t->role)) return;
+    for (const adapter_run *run; (run = next_rows(s, t, &i, end, &first)) != NULL;)
+        for (uint32_t u = 0; u < run->n_uses; u++) {
+            const adapted *c = change_of(run, u, t);
+            if (c == NULL || !(c->series || c->residual)) continue;
+            for (size_t at = first; at < i; at++)
+                shrink_row(e, c, y.x + at * y.ldx, s->x + at * e->config.hidden,
+                           run->uses[u].weight, low_rank_of(s, t, run, u, at));
+        }
+}
+
+/* Of a run's changes of a matrix those that scale what goes in, or comes out, and their weights. */
+typedef struct scales {
+    const float *of[CHOIR_MAX_MIX];
+    float weights[CHOIR_MAX_MIX];
+    uint32_t n;
+} scales;
+
+static scales scales_of(const adapter_run *run, const adapt_target *t, bool inputs)
+{
+    scales found = {.n = 0};
+    for (uint32_t u = 0; u < run->n_uses; u++) {
+        const adapted *c = change_of(run, u, t);
+        const float *scale = c == NULL ? NULL : inputs ? c->in_scale : c->scale;
+        if (scale == NULL) continue;
+        found.of[found.n] = scale;
+        found.weights[found.n++] = run->uses[u].weight;
+    }
+    return found;
+}
+
+/* x becomes (1 + Σ weight (scale - 1)) · x. One alone, weight 1, is taken as it is: 1 + (scale - 1)
+ * may differ. */
+static void apply_scales(const scales *f, float *x, uint32_t begin, uint32_t end)
+{
+    bool sole = f->n == 1 && f->weights[0] == 1;
+    for (uint32_t d = begin; sole && d < end; d++) x[d] *= f->of[0][d];
+    for (uint32_t d = begin; !sole && d < end; d++) {
+        float scale = 1;
+        for (uint32_t u = 0; u < f->n; u++) scale += f->weights[u] * (f->of[u][d] - 1);
+        x[d] *= scale;
+    }
 }
 
 void choir_adapt_scale_inputs(choir_engine *e, const adapt_target *t, float *x, size_t ldx,
@@ -193,44 +251,14 @@ void choir_adapt_scale_inputs(choir_engine *e, const adapt_target *t, float *x, 
     step *s = &e->step;
     size_t i = first_row, first;
     if ((s->in_scale_roles >> t->role & 1) == 0) return;
-    for (const adapter_run *run; (run = next_rows(s, t, &i, last_row, &first)) != NULL;)
-        for (size_t row_index = first; row_index < i; row_index++)
-            for (uint32_t d = begin; d < end; d++) {
-                float scale = 1;
-                for (uint32_t u = 0; u < run->n_uses; u++) {
-                    const adapted *c = change_of(run, u, t);
-                    if (c != NULL && c->in_scale != NULL)
-                        scale += run->uses[u].weight * (c->in_scale[d] - 1);
-                }
-                x[row_index * ldx + d] *= scale;
-            }
+    for (const adapter_run *run; (run = next_rows(s, t, &i, last_row, &first)) != NULL;) {
+        scales found = scales_of(run, t, true);
+        for (size_t at = first; found.n > 0 && at < i; at++)
+            apply_scales(&found, x + at * ldx, begin, end);
+    }
 }
 
 /* -- y -- */
-
-/* y0 becomes (1 + Σ weight (scale - 1)) · y0. Weight 1 alone is exact: 1 + (scale - 1) need not be.
- */
-static void scale_outputs(const adapter_run *run, const adapt_target *t, float *y, uint32_t begin,
-                          uint32_t end)
-{
-    const adapted *scaled[CHOIR_MAX_MIX];
-    float weights[CHOIR_MAX_MIX];
-    uint32_t n = 0;
-    for (uint32_t u = 0; u < run->n_uses; u++) {
-        const adapted *c = change_of(run, u, t);
-        if (c == NULL || c->scale == NULL) continue;
-        scaled[n] = c;
-        weights[n++] = run->uses[u].weight;
-    }
-    if (n == 0) return;
-    for (uint32_t c = begin; c < end; c++) {
-        float scale = 1;
-        for (uint32_t u = 0; u < n; u++)
-            scale = n == 1 && weights[u] == 1 ? scaled[u]->scale[c]
-                                              : scale + weights[u] * (scaled[u]->scale[c] - 1);
-        y[c] *= scale;
-    }
-}
 
 /* Rows [first, last) of one run: what stands in W's place, then scales, pairs, shifts. */
 static void expand_run(choir_engine *e, const adapter_run *run, const adapt_target *t,
@@ -245,17 +273,18 @@ static void expand_run(choir_engine *e, const adapter_run *run, const adapt_targ
         CHOIR_ASSERT(in.ldx == sole->weight.cols);
         e->kernels->matmul(&sole->weight, &acts, y + first * ldy, ldy, begin, end);
     }
-    for (size_t row_index = first; row_index < last; row_index++)
-        scale_outputs(run, t, y + row_index * ldy, begin, end);
+    scales found = scales_of(run, t, false);
+    for (size_t at = first; found.n > 0 && at < last; at++)
+        apply_scales(&found, y + at * ldy, begin, end);
     for (uint32_t u = 0; u < run->n_uses; u++) {
         const adapted *c = change_of(run, u, t);
         if (c == NULL) continue;
         if (c->b.rank > 0)
             e->kernels->expand(&c->b, low_rank_of(s, t, run, u, first), s->n_ranks, n,
                                y + first * ldy, ldy, begin, end);
-        for (size_t row_index = first; c->shift != NULL && row_index < last; row_index++)
-            e->kernels->add_scaled(y + row_index * ldy + begin, c->shift + begin,
-                                   run->uses[u].weight, end - begin);
+        for (size_t at = first; c->shift != NULL && at < last; at++)
+            e->kernels->add_scaled(y + at * ldy + begin, c->shift + begin, run->uses[u].weight,
+                                   end - begin);
     }
 }
 
@@ -268,41 +297,41 @@ void choir_adapt_expand(choir_engine *e, const adapt_target *t, activations in, 
         expand_run(e, run, t, in, first, i, y, ldy, begin, end);
 }
 
-void choir_adapt_row(choir_engine *e, const adapt_target *t, uint32_t row_index, activations in,
-                     float *y, uint32_t n)
+void choir_adapt_row(choir_engine *e, const adapt_target *t, uint32_t at, activations in, float *y,
+                     uint32_t n)
 {
-    size_t i = row_index, first;
+    size_t i = at, first;
     if (!choir_adapts(e, t->role)) return;
-    const adapter_run *run = next_rows(&e->step, t, &i, (size_t)row_index + 1, &first);
+    const adapter_run *run = next_rows(&e->step, t, &i, (size_t)at + 1, &first);
     if (run == NULL) return;
-    shrink(e, t, in, row_index, (size_t)row_index + 1, false);
-    expand_run(e, run, t, in, row_index, (size_t)row_index + 1, y - (size_t)row_index * n, n, 0, n);
+    shrink(e, t, in, at, (size_t)at + 1);
+    expand_run(e, run, t, in, at, (size_t)at + 1, y - (size_t)at * n, n, 0, n);
 }
 
 /* -- what is no product -- */
 
-float *choir_adapt_norm(const choir_engine *e, choir_role role, uint32_t l, size_t row_index,
+float *choir_adapt_norm(const choir_engine *e, choir_role role, uint32_t l, size_t at,
                         float *weight)
 {
     const step *s = &e->step;
     const adapt_target t = {.role = role, .layer = l};
-    if (!choir_adapts(e, role) || s->run_of[row_index] == NO_RUN) return weight;
-    const adapted *c = change_of(&s->runs[s->run_of[row_index]], 0, &t);
+    if (!choir_adapts(e, role) || s->run_of[at] == NO_RUN) return weight;
+    const adapted *c = change_of(&s->runs[s->run_of[at]], 0, &t);
     return c != NULL && c->vector != NULL ? c->vector : weight;
 }
 
-static const choir_adapter *virtual_of(const choir_engine *e, size_t row_index)
+static const choir_adapter *virtual_of(const choir_engine *e, size_t i)
 {
     const step *s = &e->step;
-    bool is_virtual = s->has_virtual && s->rows[row_index].token >= e->config.vocab;
-    return is_virtual ? s->spans[s->rows[row_index].span].adapters[0].adapter : NULL;
+    bool is_virtual = s->has_virtual && s->rows[i].token >= e->config.vocab;
+    return is_virtual ? s->spans[s->rows[i].span].adapters[0].adapter : NULL;
 }
 
-void choir_adapt_embedding(choir_engine *e, size_t row_index, float *x)
+void choir_adapt_embedding(choir_engine *e, size_t i, float *x)
 {
     step *s = &e->step;
-    uint32_t hidden = e->config.hidden, token = s->rows[row_index].token;
-    const choir_adapter *soft = virtual_of(e, row_index);
+    uint32_t hidden = e->config.hidden, token = s->rows[i].token;
+    const choir_adapter *soft = virtual_of(e, i);
     const adapt_target t = {.role = CHOIR_ROLE_EMBEDDING};
     if (soft != NULL) {
         size_t at = (size_t)(token - e->config.vocab) * hidden;
@@ -310,25 +339,25 @@ void choir_adapt_embedding(choir_engine *e, size_t row_index, float *x)
             x[d] = soft->virtual_embeddings != NULL ? soft->virtual_embeddings[at + d] : 0;
         return;
     }
-    if (!choir_adapts(e, t.role) || s->run_of[row_index] == NO_RUN) return;
-    const adapter_run *run = &s->runs[s->run_of[row_index]];
+    if (!choir_adapts(e, t.role) || s->run_of[i] == NO_RUN) return;
+    const adapter_run *run = &s->runs[s->run_of[i]];
     for (uint32_t u = 0; u < run->n_uses; u++) {
         const adapted *c = change_of(run, u, &t);
         if (c == NULL) continue;
         if (c->weight.rows > 0) choir_matrix_row(&c->weight, token, x);
         if (c->b.rank == 0) continue;
-        float *low = low_rank_of(s, &t, run, u, row_index);
+        float *low = low_rank_of(s, &t, run, u, i);
         memcpy(low, c->a_columns + (size_t)token * c->b.rank, c->b.rank * sizeof *low);
         finish_low_rank(c, run->uses[u].weight, low);
         e->kernels->expand(&c->b, low, s->n_ranks, 1, x, hidden, 0, hidden);
     }
 }
 
-const float *choir_adapt_prefix(const choir_engine *e, uint32_t l, size_t row_index, uint32_t part)
+const float *choir_adapt_prefix(const choir_engine *e, uint32_t l, size_t i, uint32_t part)
 {
-    const choir_adapter *a = virtual_of(e, row_index);
+    const choir_adapter *a = virtual_of(e, i);
     if (a == NULL || !a->prefix) return NULL;
     size_t n = (size_t)e->config.n_kv_heads * e->config.head_dim;
-    size_t at = ((size_t)l * a->n_virtual + (e->step.rows[row_index].token - e->config.vocab)) * n;
+    size_t at = ((size_t)l * a->n_virtual + (e->step.rows[i].token - e->config.vocab)) * n;
     return (part == 0 ? a->virtual_keys : a->virtual_values) + at;
 }

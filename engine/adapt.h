@@ -19,7 +19,7 @@ typedef struct adapted {
     const float *a_columns;  /* of the embedding: [vocab, rank] instead of A */
     const float *a_bias;     /* NULL, or [rank] */
     choir_adapter_act act;
-    bool series;             /* z is y0, else x */
+    bool series, residual;   /* z is y0, the residual stream, both together; neither: x */
     const float *scale;      /* NULL: 1, or [rows] */
     const float *shift;      /* NULL, or [rows] */
     const float *in_scale;   /* NULL, or [cols] */
@@ -72,14 +72,14 @@ typedef struct activations {
 choir_status choir_adapt_lay_out(choir_engine *engine) CHOIR_MUST_USE;
 void choir_adapt_free(choir_engine *engine);
 bool choir_adapts(const choir_engine *engine, choir_role role);
-/* A z of activation rows [begin, end), kept for expand(). Nothing where `series`. */
+/* A z of activation rows [begin, end), kept for expand(), where z is x. */
 void choir_adapt_shrink(choir_engine *engine, const adapt_target *target, activations in,
                         uint32_t begin, uint32_t end);
 /* y of rows [0, n_rows), columns [begin, end), from W x to what the adapters make of it. */
 void choir_adapt_expand(choir_engine *engine, const adapt_target *target, activations in,
                         uint32_t n_rows, float *y, size_t ldy, uint32_t begin, uint32_t end);
-/* Whether some row wants whole rows of y0 before expand(): then all workers meet, shrink their rows of y0 by this,
- * and meet again. */
+/* Whether some row's z is not x: then all workers meet before expand(), shrink their rows by this, and meet
+ * again. */
 bool choir_adapts_series(const choir_engine *engine, choir_role role);
 void choir_adapt_shrink_outputs(choir_engine *engine, const adapt_target *target, activations y,
                                 uint32_t begin, uint32_t end);

@@ -58,6 +58,7 @@ static const uint64_t dense_roles = BIT(FFN_GATE) | BIT(FFN_UP) | BIT(FFN_DOWN);
 static const uint64_t expert_roles = BIT(EXPERT_GATE) | BIT(EXPERT_UP) | BIT(EXPERT_DOWN);
 static const uint64_t other_roles = BIT(EMBEDDING) | BIT(HEAD) | BIT(ROUTER) | BIT(SHARED_GATE) |
                                     BIT(SHARED_UP) | BIT(SHARED_DOWN) | BIT(SHARED_ROUTER);
+static const uint64_t head_roles = BIT(ATTN_K_B) | BIT(ATTN_V_B);
 static const uint64_t scaled_inputs =
     BIT(ATTN_OUT) | BIT(FFN_DOWN) | BIT(EXPERT_DOWN) | BIT(SHARED_DOWN);
 
@@ -77,9 +78,15 @@ static bool brings(const choir_adapter_change *c, uint32_t arrays)
     return (c->has & arrays) != 0;
 }
 
+/* A copy of the base's own matrix changes nothing. */
+static bool replaces(const choir_adapter_change *c)
+{
+    return brings(c, CHOIR_ADAPTER_HAS_WEIGHT) && !brings(c, CHOIR_ADAPTER_HAS_COPY);
+}
+
 static choir_status check_change(const choir_engine *e, const choir_adapter_change *c)
 {
-    uint64_t matrices = attention_roles | dense_roles | expert_roles | other_roles;
+    uint64_t matrices = attention_roles | dense_roles | expert_roles | other_roles | head_roles;
     if (!has(matrices | norm_roles, c->role)) return refuse(c, "an adapter");
     if (has(norm_roles, c->role) && c->has != CHOIR_ADAPTER_HAS_WEIGHT)
         return refuse(c, "anything but new weights");
@@ -87,9 +94,17 @@ static choir_status check_change(const choir_engine *e, const choir_adapter_chan
         return refuse(c, "a scale of the inputs");
     if (c->series && !has(attention_roles | dense_roles, c->role))
         return refuse(c, "a serial bottleneck");
+    if (c->residual &&
+        (!has(BIT(ATTN_OUT) | BIT(FFN_DOWN), c->role) || e->config.residual_scale != 1 ||
+         choir_role_in_layer(&e->config, CHOIR_ROLE_ATTN_POST_NORM, c->layer) ||
+         choir_role_in_layer(&e->config, CHOIR_ROLE_FFN_POST_NORM, c->layer)))
+        return refuse(c, "a bottleneck of the residual stream");
+    static const uint32_t of_embedding =
+        CHOIR_ADAPTER_HAS_LOW_RANK | CHOIR_ADAPTER_HAS_WEIGHT | CHOIR_ADAPTER_HAS_COPY;
+    if (has(head_roles, c->role) && c->has != CHOIR_ADAPTER_HAS_LOW_RANK)
+        return refuse(c, "anything but LoRA");
     if (c->role == CHOIR_ROLE_EMBEDDING &&
-        ((c->has & ~(uint32_t)(CHOIR_ADAPTER_HAS_LOW_RANK | CHOIR_ADAPTER_HAS_WEIGHT)) != 0 ||
-         c->act != CHOIR_ADAPTER_LINEAR))
+        ((c->has & ~of_embedding) != 0 || c->act != CHOIR_ADAPTER_LINEAR))
         return refuse(c, "anything but LoRA or new weights");
     if (brings(c, CHOIR_ADAPTER_HAS_MAGNITUDE) && has(expert_roles, c->role) &&
         choir_experts_streamed(e->experts))
@@ -237,7 +252,7 @@ static void fold_a_bias(const maker *m, const choir_adapter_change *c, float *ou
 
 static choir_status pack_pair(maker *m, const choir_adapter_change *c, adapted *out)
 {
-    uint32_t in = c->series ? c->rows : c->cols;
+    uint32_t in = c->series || c->residual ? c->rows : c->cols;
     bool embedding = c->role == CHOIR_ROLE_EMBEDDING;
     uint32_t outputs = embedding ? c->cols : c->rows;
     void *b = carve(m, 1, choir_factor_bytes(m->type, c->rank, outputs));
@@ -293,7 +308,11 @@ static choir_status pack_weight(maker *m, const choir_adapter_change *c, choir_m
 static choir_status make_change(maker *m, const choir_adapter_change *c, adapted *out)
 {
     bool real = m->base != NULL;
-    *out = (adapted){.role = c->role, .index = c->index, .act = c->act, .series = c->series};
+    *out = (adapted){.role = c->role,
+                     .index = c->index,
+                     .act = c->act,
+                     .series = c->series,
+                     .residual = c->residual};
     if (has(norm_roles, c->role)) {
         out->vector = carve_floats(m, c->weight, c->cols);
         return CHOIR_OK;
@@ -316,7 +335,7 @@ static choir_status make_change(maker *m, const choir_adapter_change *c, adapted
     }
     if (brings(c, CHOIR_ADAPTER_HAS_IN_SCALE))
         out->in_scale = carve_floats(m, c->in_scale, c->cols);
-    if (brings(c, CHOIR_ADAPTER_HAS_WEIGHT)) CHOIR_TRY(pack_weight(m, c, &out->weight));
+    if (replaces(c)) CHOIR_TRY(pack_weight(m, c, &out->weight));
     return c->rank > 0 ? pack_pair(m, c, out) : CHOIR_OK;
 }
 
@@ -324,9 +343,9 @@ static void note_change(choir_adapter *a, const adapted *x)
 {
     uint64_t bit = (uint64_t)1 << x->role;
     a->roles |= bit;
-    if (x->series) a->series_roles |= bit;
+    if (x->series || x->residual) a->series_roles |= bit;
     if (x->in_scale != NULL) a->in_scale_roles |= bit;
-    if (x->weight.rows > 0 || x->vector != NULL) a->mixes = false;
+    if (x->weight.rows > 0 || x->vector != NULL || x->in_scale != NULL) a->mixes = false;
 }
 
 static void index_changes(const choir_engine *e, const choir_adapter_data *d, uint32_t *first)
@@ -386,11 +405,11 @@ static choir_status make_all(maker *m, const choir_adapter_data *d)
 
 static maker maker_of(const choir_engine *e, choir_adapter_type type, choir_adapter *adapter)
 {
-    static const choir_factor_type factors[] = {
-        [CHOIR_ADAPTER_F32] = CHOIR_FACTOR_F32,   [CHOIR_ADAPTER_F16] = CHOIR_FACTOR_F16,
-        [CHOIR_ADAPTER_BF16] = CHOIR_FACTOR_BF16, [CHOIR_ADAPTER_INT8] = CHOIR_FACTOR_INT8};
-    if (type == CHOIR_ADAPTER_AUTO)
-        type = e->options.exact ? CHOIR_ADAPTER_F32 : CHOIR_ADAPTER_F16;
+    static const choir_factor_type factors[] = {[CHOIR_ADAPTER_F32] = CHOIR_FACTOR_F32,
+                                                [CHOIR_ADAPTER_F16] = CHOIR_FACTOR_F16,
+                                                [CHOIR_ADAPTER_BF16] = CHOIR_FACTOR_BF16,
+                                                [CHOIR_ADAPTER_INT8] = CHOIR_FACTOR_INT8};
+    if (type == CHOIR_ADAPTER_AUTO) type = e->options.exact ? CHOIR_ADAPTER_F32 : CHOIR_ADAPTER_F16;
     return (maker){.engine = e, .type = factors[type], .adapter = adapter};
 }
 

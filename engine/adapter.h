@@ -37,7 +37,8 @@ uint64_t choir_adapter_bytes(const choir_adapter *adapter);
 uint64_t choir_adapter_digest(const choir_adapter *adapter); /* the data's */
 uint32_t choir_adapter_n_virtual(const choir_adapter *adapter);
 uint32_t choir_adapter_max_rank(const choir_adapter *adapter);
-/* False: it replaces matrices or norms, or has virtual tokens, and can only be a span's sole adapter, weight 1. */
+/* False: it replaces matrices or norms, scales what a matrix is given, or has virtual tokens, and can only be a
+ * span's sole adapter, weight 1. */
 bool choir_adapter_mixes(const choir_adapter *adapter);
 
 enum { CHOIR_MAX_MIX = 8 };

@@ -33,35 +33,44 @@ choir_status choir_adapter_floats(choir_adapter_reader *r, size_t n, float **out
     return *out != NULL ? CHOIR_OK : no_memory(r);
 }
 
-static void put_shape(const choir_adapter_tensor *t, char *out, size_t bytes)
+static void put_dims(const uint64_t *dims, uint32_t n_dims, char *out, size_t bytes)
 {
     size_t n = (size_t)snprintf(out, bytes, "[");
-    for (uint32_t d = 0; d < t->n_dims && n < bytes; d++)
-        n += (size_t)snprintf(out + n, bytes - n, "%s%" PRIu64, d > 0 ? ", " : "", t->dims[d]);
+    for (uint32_t d = 0; d < n_dims && n < bytes; d++)
+        n += (size_t)snprintf(out + n, bytes - n, "%s%" PRIu64, d > 0 ? ", " : "", dims[d]);
     if (n < bytes) snprintf(out + n, bytes - n, "]");
+}
+
+/* Wanted: n numbers, slowest first. */
+static choir_status expect_dims(const choir_adapter_reader *r, const choir_adapter_tensor *t,
+                                const uint64_t *wanted, uint32_t n)
+{
+    char shape[200], text[100];
+    if (!t->readable)
+        return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                          "%s: tensor '%.200s' has type %.20s; Choir reads F32, F16 and BF16",
+                          r->name, t->name, t->type);
+    bool fits = t->n_dims == n;
+    for (uint32_t d = 0; fits && d < n; d++) fits = t->dims[d] == wanted[d];
+    if (fits) return CHOIR_OK;
+    put_dims(t->dims, t->n_dims, shape, sizeof shape);
+    put_dims(wanted, n, text, sizeof text);
+    return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has shape %s, the base wants %s",
+                      r->name, t->name, shape, text);
 }
 
 choir_status choir_adapter_expect(const choir_adapter_reader *r, const choir_adapter_tensor *t,
                                   uint64_t rows, uint64_t cols)
 {
-    char shape[200], wanted[64];
-    if (!t->readable)
-        return choir_fail(CHOIR_E_UNIMPLEMENTED,
-                          "%s: tensor '%.200s' has type %.20s; Choir reads F32, F16 and BF16",
-                          r->name, t->name, t->type);
-    bool fits = rows == 0 ? t->n_dims == 1 && t->dims[0] == cols
-                          : t->n_dims == 2 && t->dims[0] == rows && t->dims[1] == cols;
-    /* llama.cpp pads shapes with ones, and has no other vectors than rows. */
-    if (r->gguf != NULL && rows == 0)
-        fits = fits || (t->n_dims == 2 && t->dims[0] == 1 && t->dims[1] == cols);
-    if (fits) return CHOIR_OK;
-    put_shape(t, shape, sizeof shape);
-    if (rows == 0)
-        snprintf(wanted, sizeof wanted, "[%" PRIu64 "]", cols);
-    else
-        snprintf(wanted, sizeof wanted, "[%" PRIu64 ", %" PRIu64 "]", rows, cols);
-    return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has shape %s, the base wants %s",
-                      r->name, t->name, shape, wanted);
+    const uint64_t wanted[] = {rows, cols};
+    return rows == 0 ? expect_dims(r, t, wanted + 1, 1) : expect_dims(r, t, wanted, 2);
+}
+
+choir_status choir_adapter_expect_stack(const choir_adapter_reader *r,
+                                        const choir_adapter_tensor *t, uint64_t n, uint64_t rows,
+                                        uint64_t cols)
+{
+    return expect_dims(r, t, (const uint64_t[]){n, rows, cols}, 3);
 }
 
 /* Rows of a tensor, whatever its dimensions: all but the last. */
@@ -314,6 +323,62 @@ done:
     return status;
 }
 
+/* Dimensions slowest first, without the ones that llama.cpp puts before a matrix. */
+static choir_status list_gguf(choir_adapter_reader *r)
+{
+    uint64_t n = choir_gguf_n_tensors(r->gguf);
+    CHOIR_TRY(make_tensors(r, n));
+    for (uint64_t i = 0; i < n; i++) {
+        const choir_gguf_tensor *t = choir_gguf_tensor_at(r->gguf, i);
+        choir_adapter_tensor *to = &r->tensors[r->n_tensors++];
+        char *name = choir_arena_alloc(r->arena, t->name.bytes + 1);
+        if (name == NULL) return no_memory(r);
+        memcpy(name, t->name.data, t->name.bytes);
+        name[t->name.bytes] = '\0';
+        *to = (choir_adapter_tensor){.name = name,
+                                     .type = choir_dtype_text(t->dtype),
+                                     .readable = true,
+                                     .dtype = t->dtype,
+                                     .n_dims = t->n_dims,
+                                     .data = t->data,
+                                     .bytes = t->bytes};
+        uint64_t n_elements = 1;
+        for (uint32_t d = 0; d < t->n_dims; d++) {
+            to->dims[d] = t->dims[t->n_dims - 1 - d];
+            n_elements *= to->dims[d];
+            if (to->dims[d] > UINT32_MAX)
+                return choir_fail(CHOIR_E_INVALID,
+                                  "%s: tensor '%.200s' has a dimension of %" PRIu64, r->name, name,
+                                  to->dims[d]);
+        }
+        r->data->n_parameters += n_elements;
+    }
+    if (r->n_tensors > 0) qsort(r->tensors, r->n_tensors, sizeof *r->tensors, by_name);
+    for (size_t i = 1; i < r->n_tensors; i++) /* a NUL ends names here, not in the file */
+        if (strcmp(r->tensors[i - 1].name, r->tensors[i].name) == 0)
+            return choir_fail(CHOIR_E_FORMAT, "%s: tensor '%.200s' is there twice", r->name,
+                              r->tensors[i].name);
+    return CHOIR_OK;
+}
+
+static choir_status read_gguf(choir_adapter_reader *r, const choir_adapter_source *s)
+{
+    choir_gguf *gguf = NULL;
+    choir_status status;
+    CHOIR_TRY_TO(done, status,
+                 r->headers_only
+                     ? choir_gguf_parse_header(s->name, s->tensors, s->tensor_bytes, &gguf)
+                     : choir_gguf_parse(s->name, s->tensors, s->tensor_bytes, &gguf));
+    r->gguf = gguf;
+    CHOIR_TRY_TO(done, status, list_gguf(r));
+    CHOIR_TRY_TO(done, status, choir_adapter_read_gguf(r));
+    CHOIR_TRY_TO(done, status, collect(r));
+    status = check_leftovers(r);
+done:
+    choir_gguf_close(gguf);
+    return status;
+}
+
 static choir_status parse(const choir_model_config *base, const choir_adapter_source *s,
                           bool headers_only, uint64_t file_bytes, choir_adapter_pairs *pairs,
                           choir_adapter_data **out)
@@ -324,7 +389,8 @@ static choir_status parse(const choir_model_config *base, const choir_adapter_so
     if (r.data == NULL) return no_memory(&r);
     choir_status status = choir_arena_create(CHOIR_MEM_OTHER, ARENA_BYTES, &r.arena);
     r.data->memory = r.arena;
-    if (status == CHOIR_OK) status = read_folder(&r, s, file_bytes);
+    if (status == CHOIR_OK)
+        status = s->config != NULL ? read_folder(&r, s, file_bytes) : read_gguf(&r, s);
     if (status == CHOIR_OK && !headers_only) r.data->digest = digest_of(s);
     choir_adapter_free_places(&r);
     choir_free(r.tensors);
@@ -428,5 +494,11 @@ choir_status choir_adapter_data_open(const choir_model_config *base, const char 
         return choir_fail(CHOIR_E_INVALID, "a path of %zu bytes, the limit is %d", strlen(path),
                           MAX_PATH_BYTES - 64);
     if (choir_folder_exists(path)) return open_folder(base, path, out);
-    return choir_fail(CHOIR_E_NOT_FOUND, "%s is no folder", path);
+    choir_map map;
+    CHOIR_TRY(choir_map_open(path, &map));
+    const choir_adapter_source source = {
+        .name = path, .tensors = map.data, .tensor_bytes = map.bytes};
+    choir_status status = choir_adapter_data_parse(base, &source, out);
+    choir_map_close(&map);
+    return status;
 }

@@ -25,7 +25,8 @@ typedef enum choir_adapter_act {
 
 /* The change of one matrix W [rows, cols] of the base. With y0 = W x (or weight x) before any bias:
  *   n  = 1, or with a magnitude m: m / |W + scale B A| by rows (Liu et al. 2024, DoRA, equation 5)
- *   z  = in_scale · x (which W is given too), or y0 + the base's bias where `series`
+ *   z  = in_scale · x (which W is given too); or y0 + the base's bias where `series`, the residual stream before
+ *        its block's sum where `residual`, or both together
  *   y  = out_scale · (n · y0 + n · scale (B f(A z + a_bias) + b_bias) + the bias)
  * Arrays are f32; those that a change does not have are NULL. The rows are in the order of the base as it is
  * loaded: permuted where its rope is interleaved and the adapter's is not, cut where the file fuses matrices. */
@@ -36,8 +37,8 @@ typedef struct choir_adapter_change {
     uint32_t rank; /* 0: no A and B */
     float scale;
     choir_adapter_act act;
-    bool series;
-    const float *a, *a_bias;   /* [rank, cols] ([rank, rows] where `series`), [rank] */
+    bool series, residual;     /* residual: of a block's last matrix */
+    const float *a, *a_bias;   /* [rank, cols] ([rank, rows] where `series` or `residual`), [rank] */
     const float *b, *b_bias;   /* [rows, rank], [rows] */
     const float *magnitude;    /* [rows] */
     const float *out_scale;    /* [rows] */
@@ -55,9 +56,13 @@ enum {
     CHOIR_ADAPTER_HAS_IN_SCALE = 32,
     CHOIR_ADAPTER_HAS_WEIGHT = 64,
     CHOIR_ADAPTER_HAS_BIAS = 128,
+    /* `weight` is the file's copy of the base's own matrix: PEFT saves the embeddings beside LoRA on them */
+    CHOIR_ADAPTER_HAS_COPY = 256,
 };
 /* The role EMBEDDING is looked up, not multiplied: its W x is W's row of the token, and A is [rank, vocab], B
- * [hidden, rank]; rows and cols are those of the role's shape, [vocab, hidden]: `b` has `cols` rows there. */
+ * [hidden, rank]; rows and cols are those of the role's shape, [vocab, hidden]: `b` has `cols` rows there, and
+ * `magnitude` as many numbers, for the columns of W + scale (B A)^T. The role HEAD may be there although the base's
+ * head is tied. A norm's `weight` is whole also where a folder's has 1 less. */
 
 typedef struct choir_adapter_data {
     char kind[24]; /* "LoRA", "DoRA", "IA3", "prompt tuning", for people */
@@ -68,8 +73,8 @@ typedef struct choir_adapter_data {
     /* XXH3 over the file's bytes and the settings: changes whenever what it computes does; 0 where only
      * headers were read */
     uint64_t digest;
-    /* Virtual tokens at positions 0 .. n_virtual - 1 before the prompt: rows of the embedding (prompt tuning), or
-     * keys (not rotated) and values (prefix tuning). */
+    /* Virtual tokens at positions 0 .. n_virtual - 1 before the prompt: rows of the embedding (prompt tuning; as the
+     * table has them, before the base's embedding_scale), or keys (not rotated) and values (prefix tuning). */
     uint32_t n_virtual;
     const float *virtual_embeddings;            /* NULL, or [n_virtual, hidden] */
     const float *virtual_keys, *virtual_values; /* NULL, or [n_layers, n_virtual, kv heads * head_dim] */

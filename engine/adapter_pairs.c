@@ -21,8 +21,8 @@ const char *choir_adapter_pair_ending(bool embedding, bool b)
     return endings[embedding][b];
 }
 
-choir_status choir_adapter_note_pair(choir_adapter_reader *r, const choir_adapter_pair *pair,
-                                     const choir_adapter_tensor *a, const choir_adapter_tensor *b)
+choir_status choir_adapter_note_pair(choir_adapter_reader *r, const choir_adapter_spot *spot,
+                                     const choir_adapter_pair *p)
 {
     choir_adapter_pairs *list = r->pairs;
     if (list == NULL) return CHOIR_OK;
@@ -34,34 +34,48 @@ choir_status choir_adapter_note_pair(choir_adapter_reader *r, const choir_adapte
         list->items = items;
         r->pairs_capacity = capacity;
     }
-    size_t n = strlen(a->name) - strlen(choir_adapter_pair_ending(pair->embedding, false)) - 1;
-    char *name = choir_arena_alloc(r->arena, n + 1);
+    const choir_adapter_place *place = spot->places[0];
+    bool stacked = place->stacked && !choir_adapter_is_of_heads(place);
+    uint32_t n = stacked ? choir_role_count(r->base, place->role) : 1;
+    const choir_adapter_tensor *a = p->a, *b = p->b;
+    choir_adapter_raw_pair *to = &list->items[list->n];
+    *to = (choir_adapter_raw_pair){
+        .embedding = place->role == CHOIR_ROLE_EMBEDDING,
+        .stacked = stacked,
+        .n_experts = n,
+        .rank = p->rank,
+        .rows = (uint32_t)b->dims[0],
+        .cols = (uint32_t)a->dims[1],
+        .scale = p->scale,
+        .a = {a->dtype, n * p->rank, (uint32_t)a->dims[1], a->data, a->bytes},
+        .b = {b->dtype, (uint32_t)b->dims[0], n * p->rank, b->data, b->bytes}};
+    to->swapped = stacked && to->rows == to->cols && p->swapped;
+    size_t bytes = strlen(a->name) - strlen(choir_adapter_pair_ending(to->embedding, false)) - 1;
+    char *name = choir_arena_alloc(r->arena, bytes + 1);
     if (name == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for a name", r->name);
-    memcpy(name, a->name, n);
-    name[n] = '\0';
-    choir_adapter_pair *to = &list->items[list->n++];
-    uint32_t ranks = pair->rank * pair->n_experts;
-    *to = *pair;
+    memcpy(name, a->name, bytes);
+    name[bytes] = '\0';
     to->name = name;
-    to->a = (choir_tensor){a->dtype, ranks, pair->cols, a->data, a->bytes};
-    to->b = (choir_tensor){b->dtype, pair->rows, ranks, b->data, b->bytes};
-    if (pair->rank > list->max_rank) list->max_rank = pair->rank;
+    list->n++;
+    if (p->rank > list->max_rank) list->max_rank = p->rank;
     return CHOIR_OK;
 }
 
 static int by_name(const void *a, const void *b)
 {
-    return strcmp(((const choir_adapter_pair *)a)->name, ((const choir_adapter_pair *)b)->name);
+    return strcmp(((const choir_adapter_raw_pair *)a)->name,
+                  ((const choir_adapter_raw_pair *)b)->name);
 }
 
-const choir_adapter_pair *choir_adapter_pairs_find(const choir_adapter_pairs *pairs,
-                                                   const char *name)
+const choir_adapter_raw_pair *choir_adapter_pairs_find(const choir_adapter_pairs *pairs,
+                                                       const char *name)
 {
-    const choir_adapter_pair key = {.name = name};
+    const choir_adapter_raw_pair key = {.name = name};
     return bsearch(&key, pairs->items, pairs->n, sizeof key, by_name);
 }
 
-/* Pairs are all that there may be: what else an adapter says would be lost. */
+/* Pairs are all that there may be, but for copies of the base's own embeddings: what else an
+ * adapter says would be lost. */
 static choir_status check_plain(const choir_adapter_pairs *pairs, const choir_adapter_data *data)
 {
     if (strcmp(data->kind, "LoRA") != 0 && strcmp(data->kind, "rsLoRA") != 0)
@@ -70,7 +84,8 @@ static choir_status check_plain(const choir_adapter_pairs *pairs, const choir_ad
                           "theirs alone are sums",
                           pairs->folder, data->kind);
     for (size_t i = 0; i < data->n_changes; i++)
-        if (data->changes[i].has != CHOIR_ADAPTER_HAS_LOW_RANK)
+        if ((data->changes[i].has & CHOIR_ADAPTER_HAS_COPY) == 0 &&
+            data->changes[i].has != CHOIR_ADAPTER_HAS_LOW_RANK)
             return choir_fail(CHOIR_E_UNIMPLEMENTED,
                               "%s: beside LoRA it has whole weights or biases of %s in layer %u, "
                               "which cannot be joined",

@@ -21,7 +21,8 @@ struct choir_adapter_patterns {
 };
 
 /* Python's dialect and PCRE2's mean the same by what module names need. */
-static choir_status compile(const choir_adapter_reader *r, const char *field, pattern *p)
+static choir_status compile(const choir_adapter_reader *r, const char *field, bool whole,
+                            pattern *p)
 {
     static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.";
     char text[MAX_KEY_BYTES + 32];
@@ -31,12 +32,12 @@ static choir_status compile(const choir_adapter_reader *r, const char *field, pa
     if (strlen(p->key) > MAX_KEY_BYTES)
         return choir_fail(CHOIR_E_INVALID, "%s: a key of %s has %zu bytes, the limit is %d",
                           r->name, field, strlen(p->key), MAX_KEY_BYTES);
-    if (p->key[strspn(p->key, plain)] == '\0') return CHOIR_OK;
+    if (!whole && p->key[strspn(p->key, plain)] == '\0') return CHOIR_OK;
     if (strstr(p->key, "{,") != NULL) /* from none on, in Python; letters, in PCRE2 */
         return choir_fail(CHOIR_E_UNIMPLEMENTED,
                           "%s: the key \"%.100s\" of %s has '{,'; write '{0,'", r->name, p->key,
                           field);
-    snprintf(text, sizeof text, "(?:.*\\.)?(?:%s)$", p->key);
+    snprintf(text, sizeof text, whole ? "(?:%s)\\z" : "(?:.*\\.)?(?:%s)$", p->key);
     p->code =
         pcre2_compile((PCRE2_SPTR)text, PCRE2_ZERO_TERMINATED,
                       PCRE2_ANCHORED | PCRE2_UTF | PCRE2_NEVER_BACKSLASH_C, &error, &at, NULL);
@@ -53,21 +54,32 @@ static choir_status fill(const choir_adapter_reader *r, const json_t *object,
 {
     const char *key;
     json_t *value;
-    p->limits = pcre2_match_context_create(NULL);
-    p->match = pcre2_match_data_create(16, NULL);
-    if (p->limits == NULL || p->match == NULL)
-        return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for %s", r->name, p->field);
-    pcre2_set_match_limit(p->limits, MAX_STEPS);
-    pcre2_set_depth_limit(p->limits, MAX_DEPTH);
     json_object_foreach((json_t *)object, key, value)
     {
         if (!json_is_number(value))
             return choir_fail(CHOIR_E_FORMAT, "%s: %s has no number for \"%.100s\"", r->name,
                               p->field, key);
         p->items[p->n] = (pattern){.key = key, .value = json_number_value(value)};
-        CHOIR_TRY(compile(r, p->field, &p->items[p->n]));
+        CHOIR_TRY(compile(r, p->field, false, &p->items[p->n]));
         p->n++;
     }
+    return CHOIR_OK;
+}
+
+static choir_status make(const choir_adapter_reader *r, const char *field, size_t n,
+                         choir_adapter_patterns **out)
+{
+    choir_adapter_patterns *p = choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *p + n * sizeof *p->items);
+    *out = p;
+    if (p != NULL) {
+        p->field = field;
+        p->limits = pcre2_match_context_create(NULL);
+        p->match = pcre2_match_data_create(16, NULL);
+    }
+    if (p == NULL || p->limits == NULL || p->match == NULL)
+        return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for %s", r->name, field);
+    pcre2_set_match_limit(p->limits, MAX_STEPS);
+    pcre2_set_depth_limit(p->limits, MAX_DEPTH);
     return CHOIR_OK;
 }
 
@@ -80,16 +92,19 @@ choir_status choir_adapter_patterns_make(const choir_adapter_reader *r, const ch
     if (!json_is_object(object))
         return choir_fail(CHOIR_E_FORMAT, "%s: %s of adapter_config.json is no object", r->name,
                           field);
-    choir_adapter_patterns *p =
-        choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *p + json_object_size(object) * sizeof *p->items);
-    if (p == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for %s", r->name, field);
-    p->field = field;
-    choir_status status = fill(r, object, p);
-    if (status != CHOIR_OK)
-        choir_adapter_patterns_free(p);
-    else
-        *out = p;
-    return status;
+    CHOIR_TRY(make(r, field, json_object_size(object), out));
+    return fill(r, object, *out);
+}
+
+choir_status choir_adapter_pattern_whole(const choir_adapter_reader *r, const char *field,
+                                         choir_adapter_patterns **out)
+{
+    CHOIR_TRY(make(r, field, 1, out));
+    pattern *p = &(*out)->items[0];
+    *p = (pattern){.key = choir_adapter_string(r, field, ""), .value = 1};
+    CHOIR_TRY(compile(r, field, true, p));
+    (*out)->n = 1;
+    return CHOIR_OK;
 }
 
 /* A key of letters, digits and dots: the dots stand for any character. */

@@ -9,8 +9,13 @@
 
 typedef struct choir_adapter_patterns choir_adapter_patterns;
 
-/* Of a key of the configuration, an object or null; *out is NULL where there are none. */
+/* Of a key of the configuration, an object or null. *out, NULL where there are none, is to be freed
+ * also where it fails. */
 choir_status choir_adapter_patterns_make(const choir_adapter_reader *reader, const char *key,
+                                         choir_adapter_patterns **out) CHOIR_MUST_USE;
+/* Of a key that is one expression, which must fit a module's whole name, as re.fullmatch does; its
+ * number is 1. */
+choir_status choir_adapter_pattern_whole(const choir_adapter_reader *reader, const char *key,
                                          choir_adapter_patterns **out) CHOIR_MUST_USE;
 /* The number of the first expression that fits the module, as re.match(r"(.*\.)?(KEY)$") fits it;
  * *out is left as it is where none does. */

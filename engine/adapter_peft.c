@@ -1,6 +1,7 @@
 /* What PEFT's adapter_config.json says whatever the method is, and which method it is. */
 #include "engine/adapter_read.h"
 
+#include <math.h>
 #include <string.h>
 #include <strings.h>
 
@@ -65,6 +66,52 @@ bool choir_adapter_strip(char *name, const char *suffix)
     return true;
 }
 
+bool choir_adapter_ends_with(const char *name, const char *suffix)
+{
+    size_t n = strlen(name), m = strlen(suffix);
+    return n > m && strcmp(name + n - m, suffix) == 0;
+}
+
+choir_adapter_tensor *choir_adapter_beside(const choir_adapter_reader *r, const char *tensor,
+                                           const char *suffix, const char *other)
+{
+    char name[CHOIR_ADAPTER_MAX_NAME + 64];
+    int n = (int)(strlen(tensor) - strlen(suffix));
+    if ((size_t)snprintf(name, sizeof name, "%.*s%s", n, tensor, other) >= sizeof name) return NULL;
+    return choir_adapter_find(r, name);
+}
+
+choir_status choir_adapter_number(const choir_adapter_reader *r, const char *key, double *out)
+{
+    const json_t *value = choir_adapter_get(r, key);
+    *out = json_number_value(value);
+    if (json_is_number(value)) return CHOIR_OK;
+    return choir_fail(CHOIR_E_FORMAT, "%s: adapter_config.json has no number for %s", r->name, key);
+}
+
+choir_status choir_adapter_check_rank(const choir_adapter_reader *r, double rank, const char *what)
+{
+    if (rank >= 1 && rank <= CHOIR_ADAPTER_MAX_RANK && rank == floor(rank)) return CHOIR_OK;
+    return choir_fail(CHOIR_E_INVALID,
+                      "%s: the rank of %.200s is %g, must be a whole number from 1 to %d", r->name,
+                      what, rank, CHOIR_ADAPTER_MAX_RANK);
+}
+
+choir_status choir_adapter_module_spot(const choir_adapter_reader *r, const char *tensor,
+                                       const char *suffix, char *module, size_t bytes,
+                                       choir_adapter_spot *out)
+{
+    char name[CHOIR_ADAPTER_MAX_NAME + 16];
+    if (!choir_adapter_plain_name(tensor, module, bytes) || !choir_adapter_strip(module, suffix))
+        return choir_adapter_refuse(r, tensor);
+    snprintf(name, sizeof name, "%.250s.weight", module);
+    *out = choir_adapter_find_spot(r, name);
+    if (out->n_places == 0 || choir_adapter_is_vector(out->places[0]->role) ||
+        out->places[0]->stacked)
+        return choir_adapter_refuse(r, tensor);
+    return choir_adapter_check_spot(r, out, tensor);
+}
+
 bool choir_adapter_plain_name(const char *tensor, char *out, size_t bytes)
 {
     static const char prefix[] = "base_model.model.";
@@ -92,6 +139,12 @@ static const struct {
     choir_status (*read)(choir_adapter_reader *reader);
 } kinds[] = {
     {"LORA", choir_adapter_read_lora},
+    {"IA3", choir_adapter_read_ia3},
+    {"VERA", choir_adapter_read_vera},
+    {"PROMPT_TUNING", choir_adapter_read_prompt},
+    {"P_TUNING", choir_adapter_read_prompt},
+    {"PREFIX_TUNING", choir_adapter_read_prefix},
+    {"BOTTLENECK", choir_adapter_read_bottleneck},
 };
 
 choir_status choir_adapter_read_peft(choir_adapter_reader *r)
@@ -100,6 +153,8 @@ choir_status choir_adapter_read_peft(choir_adapter_reader *r)
     char known[200];
     size_t n = 0;
     CHOIR_TRY(choir_adapter_make_places(r, false));
+    if (*type == '\0' && json_is_object(choir_adapter_get(r, "config")))
+        return choir_adapter_read_hub(r);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
         if (strcmp(kinds[i].type, type) == 0) return kinds[i].read(r);
         n +=

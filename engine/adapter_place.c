@@ -142,6 +142,12 @@ choir_adapter_spot choir_adapter_find_spot(const choir_adapter_reader *r, const 
     return spot;
 }
 
+/* The gate of a shared expert is a matrix of one row, which roles know as a vector. */
+bool choir_adapter_is_vector(choir_role role)
+{
+    return choir_role_is_vector(role) && role != CHOIR_ROLE_SHARED_ROUTER;
+}
+
 /* gate_up_proj before down_proj, as transformers' modules have them. */
 static int by_role(const void *a, const void *b)
 {
@@ -161,7 +167,7 @@ uint32_t choir_adapter_stacked(const choir_adapter_reader *r, const char *module
         const choir_adapter_place *p = &r->places[i];
         bool inside = strncmp(p->pattern, pattern, bytes) == 0 && p->pattern[bytes] == '.' &&
                       strchr(p->pattern + bytes + 1, '.') == NULL;
-        if (inside && p->stacked && !choir_role_is_vector(p->role) && n_found < 16)
+        if (inside && p->stacked && !choir_adapter_is_vector(p->role) && n_found < 16)
             found[n_found++] = p;
     }
     qsort(found, n_found, sizeof *found, by_role);
@@ -186,12 +192,13 @@ choir_status choir_adapter_check_spot(const choir_adapter_reader *r, const choir
                           tensor, spot->layer, c->n_layers);
     for (uint32_t i = 0; i < spot->n_places; i++) {
         choir_role role = spot->places[i]->role;
-        if (role == CHOIR_ROLE_ATTN_K_B || role == CHOIR_ROLE_ATTN_V_B)
-            return choir_fail(
-                CHOIR_E_UNIMPLEMENTED,
-                "%s: tensor '%.200s' changes kv_b_proj of latent attention, which Choir "
-                "multiplies into queries and outputs head by head and cannot adapt",
-                r->name, tensor);
+        bool of_heads = role == CHOIR_ROLE_ATTN_K_B || role == CHOIR_ROLE_ATTN_V_B;
+        if (of_heads && spot->places[i]->part == CHOIR_PART_ALL)
+            return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                              "%s: tensor '%.200s' is of one part of latent attention's kv_b_proj; "
+                              "Choir adapts it as "
+                              "a whole, in PEFT's layout",
+                              r->name, tensor);
         /* A tied head is the embedding's matrix, and can be adapted as if it were its own. */
         bool has = choir_role_in_layer(c, role, spot->layer) || role == CHOIR_ROLE_HEAD;
         if (!has)
@@ -228,7 +235,7 @@ void choir_adapter_whole_shape(const choir_adapter_reader *r, const choir_adapte
                                uint64_t *rows, uint64_t *cols)
 {
     choir_role_shape(r->base, place->role, rows, cols);
-    uint64_t *n = choir_role_is_vector(place->role) ? cols : rows;
+    uint64_t *n = choir_adapter_is_vector(place->role) ? cols : rows;
     *n = whole_of(r->base, place->part, *n);
 }
 
@@ -256,7 +263,7 @@ choir_adapter_rows choir_adapter_rows_of(const choir_adapter_reader *r,
     const choir_model_config *c = r->base;
     uint64_t rows, cols;
     choir_role_shape(c, place->role, &rows, &cols);
-    bool vector = choir_role_is_vector(place->role);
+    bool vector = choir_adapter_is_vector(place->role);
     choir_role role = vector ? choir_adapter_role_of_bias(place->role) : place->role;
     uint64_t n = vector ? cols : rows;
     choir_adapter_rows out = {.part = place->part,

@@ -82,6 +82,7 @@ choir_status choir_adapter_check_spot(const choir_adapter_reader *reader,
 /* Rows and columns of the file's whole matrix (of one expert), of which the place is a part. */
 void choir_adapter_whole_shape(const choir_adapter_reader *reader, const choir_adapter_place *place,
                                uint64_t *rows, uint64_t *cols);
+bool choir_adapter_is_vector(choir_role role);
 /* The matrix that a role of biases belongs to; CHOIR_N_ROLES: it is none of those. */
 choir_role choir_adapter_role_of_bias(choir_role role);
 
@@ -106,6 +107,10 @@ choir_status choir_adapter_floats(choir_adapter_reader *reader, size_t n,
 /* Refuses a tensor that is not [rows, cols]; rows 0: a vector of cols. */
 choir_status choir_adapter_expect(const choir_adapter_reader *reader, const choir_adapter_tensor *t,
                                   uint64_t rows, uint64_t cols) CHOIR_MUST_USE;
+/* The same of [n, rows, cols]. */
+choir_status choir_adapter_expect_stack(const choir_adapter_reader *reader,
+                                        const choir_adapter_tensor *t, uint64_t n, uint64_t rows,
+                                        uint64_t cols) CHOIR_MUST_USE;
 /* A tensor as f32, every number finite, in the arena; marks it as used. With `rows`, its rows as
  * the base has them. NULL where only headers are read. */
 choir_status choir_adapter_read(choir_adapter_reader *reader, choir_adapter_tensor *t,
@@ -124,6 +129,29 @@ choir_status choir_adapter_add(choir_adapter_reader *reader, const choir_adapter
 choir_status choir_adapter_refuse(const choir_adapter_reader *reader,
                                   const char *tensor) CHOIR_MUST_USE;
 
+/* Head by head of one matrix: kv_b_proj of latent attention. */
+static inline bool choir_adapter_is_of_heads(const choir_adapter_place *place)
+{
+    return place->part == CHOIR_PART_HEAD_K || place->part == CHOIR_PART_HEAD_V;
+}
+
+/* adapter_pair.c. The tensors are marked as used; what is not there is NULL. */
+typedef struct choir_adapter_pair {
+    choir_adapter_tensor *a, *a_bias, *b, *b_bias, *magnitude;
+    uint32_t rank;
+    float scale;
+    choir_adapter_act act;
+    bool series, residual;
+    bool swapped; /* of stacked experts: A is beside the outputs, where the shapes leave it open */
+} choir_adapter_pair;
+choir_status choir_adapter_add_pair(choir_adapter_reader *reader, const choir_adapter_spot *spot,
+                                    const choir_adapter_pair *pair) CHOIR_MUST_USE;
+choir_status choir_adapter_add_embedding(choir_adapter_reader *reader,
+                                         const choir_adapter_spot *spot,
+                                         const choir_adapter_pair *pair) CHOIR_MUST_USE;
+choir_status choir_adapter_add_stack(choir_adapter_reader *reader, const choir_adapter_spot *spot,
+                                     const choir_adapter_pair *pair) CHOIR_MUST_USE;
+
 /* Of a configuration's object; a value that is null is absent. */
 const json_t *choir_adapter_get(const choir_adapter_reader *reader, const char *key);
 bool choir_adapter_is_off(const json_t *value); /* absent, null, false, 0, "", [], {} */
@@ -140,12 +168,36 @@ bool choir_adapter_is_listed(const json_t *list, const char *module);
 /* The kinds; each in a file of its name. */
 choir_status choir_adapter_read_peft(choir_adapter_reader *reader) CHOIR_MUST_USE;
 choir_status choir_adapter_read_lora(choir_adapter_reader *reader) CHOIR_MUST_USE;
+choir_status choir_adapter_read_ia3(choir_adapter_reader *reader) CHOIR_MUST_USE;
+choir_status choir_adapter_read_vera(choir_adapter_reader *reader) CHOIR_MUST_USE;
+choir_status choir_adapter_read_prompt(choir_adapter_reader *reader) CHOIR_MUST_USE;
+choir_status choir_adapter_read_prefix(choir_adapter_reader *reader) CHOIR_MUST_USE;
+choir_status choir_adapter_read_bottleneck(choir_adapter_reader *reader) CHOIR_MUST_USE;
+choir_status choir_adapter_read_hub(choir_adapter_reader *reader) CHOIR_MUST_USE;
+choir_status choir_adapter_read_gguf(choir_adapter_reader *reader) CHOIR_MUST_USE;
 /* adapter_saved.c: whole matrices, norms and biases beside an adapter: modules_to_save, bias,
  * embeddings. */
 choir_status choir_adapter_read_saved(choir_adapter_reader *reader) CHOIR_MUST_USE;
+/* A tensor that takes the place of the base's own; `more`: further bits of `has`. */
+choir_status choir_adapter_add_whole(choir_adapter_reader *reader, const choir_adapter_spot *spot,
+                                     choir_adapter_tensor *t, uint32_t more) CHOIR_MUST_USE;
 /* "base_model.model.X" without its prefix and without the name of the text model of one that also
  * sees; false: it has no such prefix. */
 bool choir_adapter_plain_name(const char *tensor, char *out, size_t bytes);
+/* The spot of a module that has a matrix, without the suffix that the method adds: a sentence if it
+ * has none. */
+choir_status choir_adapter_module_spot(const choir_adapter_reader *reader, const char *tensor,
+                                       const char *suffix, char *module, size_t bytes,
+                                       choir_adapter_spot *out) CHOIR_MUST_USE;
+/* The tensor of the same module with another suffix; NULL: there is none. */
+choir_adapter_tensor *choir_adapter_beside(const choir_adapter_reader *reader, const char *tensor,
+                                           const char *suffix, const char *other);
+choir_status choir_adapter_number(const choir_adapter_reader *reader, const char *key,
+                                  double *out) CHOIR_MUST_USE;
+/* A rank as a file says it, of 1 to CHOIR_ADAPTER_MAX_RANK. */
+choir_status choir_adapter_check_rank(const choir_adapter_reader *reader, double rank,
+                                      const char *what) CHOIR_MUST_USE;
+bool choir_adapter_ends_with(const char *name, const char *suffix);
 /* Takes `suffix` off the end of `name`; false: it does not end so. */
 bool choir_adapter_strip(char *name, const char *suffix);
 
@@ -157,7 +209,6 @@ choir_status choir_adapter_list_pairs(const choir_model_config *base,
                                       const choir_adapter_source *source,
                                       choir_adapter_pairs *pairs,
                                       choir_adapter_data **out) CHOIR_MUST_USE;
-/* adapter_pairs.c: one more pair, where they are listed. */
-choir_status choir_adapter_note_pair(choir_adapter_reader *reader, const choir_adapter_pair *pair,
-                                     const choir_adapter_tensor *a,
-                                     const choir_adapter_tensor *b) CHOIR_MUST_USE;
+/* adapter_pairs.c: one more pair, which has been checked, where they are listed. */
+choir_status choir_adapter_note_pair(choir_adapter_reader *reader, const choir_adapter_spot *spot,
+                                     const choir_adapter_pair *pair) CHOIR_MUST_USE;

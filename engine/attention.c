@@ -257,13 +257,26 @@ static void gather_head(choir_engine *e, const float *x, uint32_t head, size_t s
 }
 
 /* Each head's product with a matrix of its own, into rows of n_heads x width. */
-static void multiply_head(choir_engine *e, const choir_matrix *w, uint32_t head, uint32_t n,
-                          float *y, size_t width)
+static void multiply_head(choir_engine *e, const choir_matrix *w, const adapt_target *target,
+                          uint32_t n, float *y, size_t width)
 {
+    uint32_t head = target->index;
     step *s = &e->step;
     const choir_acts in = {s->by_head + (size_t)head * e->options.max_rows * n,
                            s->q8_by_head + head * s->q8_by_head_bytes, s->n_rows, n};
-    e->kernels->matmul(w, &in, y + head * width, e->config.n_heads * width, 0, w->rows);
+    const activations rows = {in.x, n};
+    size_t ldy = e->config.n_heads * width;
+    e->kernels->matmul(w, &in, y + head * width, ldy, 0, w->rows);
+    choir_adapt_shrink(e, target, rows, 0, s->n_rows);
+    choir_adapt_expand(e, target, rows, s->n_rows, y + head * width, ldy, 0, w->rows);
+}
+
+/* A head's product is one worker's alone, which keeps A z of its rows for itself. */
+static adapt_target head_target(const step *s, choir_role role, uint32_t l, uint32_t head,
+                                uint32_t worker)
+{
+    return (adapt_target){
+        .role = role, .layer = l, .index = head, .first = (size_t)worker * s->n_rows};
 }
 
 /* q's heads in terms of the latents, their positions turned and beside them. Workers take heads. */
@@ -276,7 +289,8 @@ static void widen_queries(choir_engine *e, uint32_t l, uint32_t worker, uint32_t
     choir_share(c->n_heads, 1, worker, n_workers, &begin, &end);
     for (uint32_t head = (uint32_t)begin; head < end; head++) {
         gather_head(e, s->q, head, c->head_dim, 0, c->nope_dim);
-        multiply_head(e, &e->layers[l].k_b[head], head, c->nope_dim, s->q_wide, wide);
+        const adapt_target t = head_target(s, CHOIR_ROLE_ATTN_K_B, l, head, worker);
+        multiply_head(e, &e->layers[l].k_b[head], &t, c->nope_dim, s->q_wide, wide);
         for (size_t i = 0; i < s->n_rows; i++) {
             size_t at = i * c->n_heads + head;
             float *position = s->q_wide + at * wide + rank;
@@ -294,7 +308,8 @@ static void narrow_values(choir_engine *e, uint32_t l, uint32_t worker, uint32_t
     choir_share(c->n_heads, 1, worker, n_workers, &begin, &end);
     for (uint32_t head = (uint32_t)begin; head < end; head++) {
         gather_head(e, s->att_wide, head, c->kv_lora_rank, 0, c->kv_lora_rank);
-        multiply_head(e, &e->layers[l].v_b[head], head, c->kv_lora_rank, s->att, c->value_dim);
+        const adapt_target t = head_target(s, CHOIR_ROLE_ATTN_V_B, l, head, worker);
+        multiply_head(e, &e->layers[l].v_b[head], &t, c->kv_lora_rank, s->att, c->value_dim);
     }
 }
 

@@ -48,7 +48,7 @@ static choir_status check_adapters(const choir_span *span)
         if (!choir_adapter_mixes(span->adapters[i].adapter) &&
             (span->n_adapters > 1 || span->adapters[i].weight != 1))
             return choir_fail(CHOIR_E_INVALID,
-                              "an adapter that replaces weights or brings tokens in a mix");
+                              "an adapter that replaces weights, scales inputs or brings tokens in a mix");
     return CHOIR_OK;
 }
 

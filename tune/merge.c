@@ -86,7 +86,7 @@ static choir_status list_modules(choir_tune_merge *m)
     n = 0;
     for (uint32_t i = 0; i < m->options->n_adapters; i++)
         for (size_t k = 0; k < m->pairs[i]->n; k++) {
-            const choir_adapter_pair *p = &m->pairs[i]->items[k];
+            const choir_adapter_raw_pair *p = &m->pairs[i]->items[k];
             m->modules[n++] = (choir_tune_merged){.name = p->name,
                                                   .embedding = p->embedding,
                                                   .stacked = p->stacked,
@@ -110,7 +110,7 @@ static choir_status check_module(const choir_tune_merge *m, choir_tune_merged *m
     bool factors = !method->svd && m->options->method != CHOIR_MERGE_CAT;
     uint32_t first = 0, rank = 0;
     for (uint32_t i = 0; i < m->options->n_adapters; i++) {
-        const choir_adapter_pair *p = choir_adapter_pairs_find(m->pairs[i], module->name);
+        const choir_adapter_raw_pair *p = choir_adapter_pairs_find(m->pairs[i], module->name);
         if (p == NULL) continue;
         if (p->embedding != module->embedding || p->n_experts != module->n_experts ||
             p->rows != module->rows || p->cols != module->cols || p->swapped != module->swapped)
@@ -213,7 +213,7 @@ typedef struct work {
     choir_progress progress;
 } work;
 
-static choir_status read_floats(const choir_adapter_pairs *from, const choir_adapter_pair *p,
+static choir_status read_floats(const choir_adapter_pairs *from, const choir_adapter_raw_pair *p,
                                 bool b, float *out)
 {
     const choir_tensor *t = b ? &p->b : &p->a;
@@ -248,7 +248,7 @@ static void put_columns(const float *from, uint32_t rows, uint32_t rank, uint32_
 
 /* A module's adapters as they were read, and the room for what is made of them. */
 typedef struct inputs {
-    const choir_adapter_pair *pairs[CHOIR_MAX_MERGE];
+    const choir_adapter_raw_pair *pairs[CHOIR_MAX_MERGE];
     const float *a[CHOIR_MAX_MERGE], *b[CHOIR_MAX_MERGE]; /* of all experts */
     float *one_b[CHOIR_MAX_MERGE];                        /* of one */
     choir_tune_source sources[CHOIR_MAX_MERGE];
@@ -281,7 +281,7 @@ static choir_status read_inputs(const choir_tune_merge *m, const choir_tune_merg
     float *at = room->memory;
     in->n = 0;
     for (uint32_t i = 0; i < m->options->n_adapters; i++) {
-        const choir_adapter_pair *p = choir_adapter_pairs_find(m->pairs[i], t->name);
+        const choir_adapter_raw_pair *p = choir_adapter_pairs_find(m->pairs[i], t->name);
         if (p == NULL) continue;
         size_t ranks = (size_t)p->n_experts * p->rank;
         CHOIR_TRY(read_floats(m->pairs[i], p, false, at));

@@ -71,6 +71,7 @@ typedef struct choir_family {
     float rotary_part;            /* of a head, where the configuration does not say; 0: all */
     bool norms_less_one;          /* a Hugging Face folder's norm weights lack 1 (Gemma) */
     bool gguf_interleaved_rope;   /* llama.cpp's converter permutes q and k */
+    bool scales_table;            /* transformers' table of embeddings scales what it gives, and no prompts */
     bool hides_transposed;        /* transformers' experts lie [inputs, outputs] and do not say so (is_transposed) */
     const choir_key *keys;        /* besides the common ones, ended by {0} */
     const choir_place *hf, *gguf; /* places besides the common ones, NULL or choir_places */

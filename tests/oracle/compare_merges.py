@@ -51,7 +51,7 @@ def save(base, settings, folder):
         for name, weight in model.named_parameters():
             if "lora_" in name:
                 weight.copy_(torch.randn_like(weight) * 0.15)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder)  # with a copy of the embedding where that is adapted
 
 
 def logits(model):

@@ -1,0 +1,275 @@
+/* Bottleneck adapters: up f(down z), two matrices with an activation between (Houlsby et al. 2019),
+ * beside a matrix of the base or behind it. In the layout of LLM-Adapters (Hu et al. 2023), a fork
+ * of PEFT with the peft_type BOTTLENECK, and in AdapterHub's (Poth et al. 2023). */
+#include "engine/adapter_read.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <string.h>
+
+/* Both take transformers' names of activations. */
+static choir_status read_act(const choir_adapter_reader *r, const char *name,
+                             choir_adapter_act *out)
+{
+    static const struct {
+        const char *name;
+        choir_adapter_act act;
+    } known[] = {{"relu", CHOIR_ADAPTER_RELU},
+                 {"gelu", CHOIR_ADAPTER_GELU},
+                 {"gelu_python", CHOIR_ADAPTER_GELU},
+                 {"gelu_new", CHOIR_ADAPTER_GELU_TANH},
+                 {"gelu_fast", CHOIR_ADAPTER_GELU_TANH},
+                 {"gelu_accurate", CHOIR_ADAPTER_GELU_TANH},
+                 {"gelu_pytorch_tanh", CHOIR_ADAPTER_GELU_TANH},
+                 {"silu", CHOIR_ADAPTER_SILU},
+                 {"swish", CHOIR_ADAPTER_SILU},
+                 {"tanh", CHOIR_ADAPTER_TANH},
+                 {"linear", CHOIR_ADAPTER_LINEAR}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strcmp(known[i].name, name) == 0) {
+            *out = known[i].act;
+            return CHOIR_OK;
+        }
+    return choir_fail(
+        CHOIR_E_UNIMPLEMENTED,
+        "%s: non_linearity is \"%.40s\"; Choir has relu, gelu, gelu_new, silu, swish, tanh "
+        "and linear",
+        r->name, name);
+}
+
+static choir_status read_scale(choir_adapter_reader *r, choir_adapter_tensor *t, float *out)
+{
+    const float *value;
+    CHOIR_TRY(choir_adapter_expect(r, t, 0, 1));
+    CHOIR_TRY(choir_adapter_read(r, t, NULL, &value));
+    *out = value != NULL ? *value : 1;
+    return CHOIR_OK;
+}
+
+static choir_status check_scale(const choir_adapter_reader *r, const json_t *value, float *out)
+{
+    *out = value == NULL ? 1 : (float)json_number_value(value);
+    if ((value == NULL || json_is_number(value)) && isfinite(*out)) return CHOIR_OK;
+    return choir_fail(CHOIR_E_FORMAT,
+                      "%s: scaling of adapter_config.json is neither a number nor "
+                      "\"learned\"",
+                      r->name);
+}
+
+static bool is_text(const json_t *value, const char *text)
+{
+    return json_is_string(value) && strcmp(json_string_value(value), text) == 0;
+}
+
+/* The width of the bottleneck, as the tensor has it. */
+static choir_status read_rank(const choir_adapter_reader *r, const choir_adapter_tensor *down,
+                              uint32_t *out)
+{
+    double rank = down->n_dims == 2 ? (double)down->dims[0] : 0;
+    CHOIR_TRY(choir_adapter_check_rank(r, rank, down->name));
+    *out = (uint32_t)rank;
+    return CHOIR_OK;
+}
+
+/* -- LLM-Adapters -- */
+
+typedef struct bottleneck {
+    choir_adapter_act act;
+    float scale;
+    bool learned, parallel;
+} bottleneck;
+
+static choir_status read_pair(choir_adapter_reader *r, const bottleneck *b,
+                              choir_adapter_tensor *down)
+{
+    char module[CHOIR_ADAPTER_MAX_NAME];
+    const char *suffix = ".adapter_down.weight";
+    choir_adapter_spot spot;
+    CHOIR_TRY(choir_adapter_module_spot(r, down->name, suffix, module, sizeof module, &spot));
+    choir_role role = spot.places[0]->role;
+    if (role == CHOIR_ROLE_EMBEDDING) return choir_adapter_refuse(r, down->name);
+    /* Without use_parallel_adapter a name says where: before gate_proj and up_proj, behind
+     * down_proj. */
+    if (!b->parallel && role != CHOIR_ROLE_FFN_DOWN)
+        return choir_fail(
+            CHOIR_E_UNIMPLEMENTED,
+            "%s: tensor '%.200s': without use_parallel_adapter this adapter changes what "
+            "its matrix is given; Choir has serial adapters behind down_proj",
+            r->name, down->name);
+    choir_adapter_pair p = {
+        .a = down,
+        .a_bias = choir_adapter_beside(r, down->name, suffix, ".adapter_down.bias"),
+        .b = choir_adapter_beside(r, down->name, suffix, ".adapter_up.weight"),
+        .b_bias = choir_adapter_beside(r, down->name, suffix, ".adapter_up.bias"),
+        .scale = b->scale,
+        .act = b->act,
+        .series = !b->parallel};
+    choir_adapter_tensor *scale = choir_adapter_beside(r, down->name, suffix, ".adapter_scaling");
+    if (p.b == NULL)
+        return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no adapter_up.weight beside it",
+                          r->name, down->name);
+    if (b->learned && scale == NULL)
+        return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no adapter_scaling beside it",
+                          r->name, down->name);
+    if (b->learned) CHOIR_TRY(read_scale(r, scale, &p.scale));
+    CHOIR_TRY(read_rank(r, down, &p.rank));
+    return choir_adapter_add_pair(r, &spot, &p);
+}
+
+choir_status choir_adapter_read_bottleneck(choir_adapter_reader *r)
+{
+    bottleneck b = {.scale = 1};
+    const json_t *scaling = choir_adapter_get(r, "scaling");
+    snprintf(r->data->kind, sizeof r->data->kind, "bottleneck");
+    CHOIR_TRY(read_act(r, choir_adapter_string(r, "non_linearity", "tanh"), &b.act));
+    CHOIR_TRY(choir_adapter_flag(r, "use_parallel_adapter", &b.parallel));
+    b.learned = is_text(scaling, "learned");
+    if (!b.learned) CHOIR_TRY(check_scale(r, scaling, &b.scale));
+    for (size_t i = 0; i < r->n_tensors; i++)
+        if (choir_adapter_ends_with(r->tensors[i].name, ".adapter_down.weight"))
+            CHOIR_TRY(read_pair(r, &b, &r->tensors[i]));
+    return choir_adapter_read_saved(r);
+}
+
+/* -- AdapterHub -- */
+
+typedef struct hub {
+    choir_adapter_reader *reader;
+    const json_t *config;
+    choir_adapter_act act;
+    float scale;
+    bool learned, by_channel;
+    bool parallel,
+        sums; /* it takes the residual stream r; r + h, with h of the block; else h alone */
+} hub;
+
+/* What an option must be for the adapter to lie behind the block's last matrix: with another value
+ * it has norms of its own, or gates. */
+static choir_status check_options(const hub *h)
+{
+    static const struct {
+        const char *name;
+        bool value,
+            otherwise; /* otherwise: what AdapterHub takes where the option is not written */
+    } options[] = {{"original_ln_after", true, true}, {"ln_before", false, false},
+                   {"ln_after", false, false},        {"use_gating", false, false},
+                   {"phm_layer", false, false},       {"inv_adapter", false, false},
+                   {"cross_adapter", false, false}};
+    const choir_adapter_reader *r = h->reader;
+    for (size_t i = 0; i < sizeof options / sizeof *options; i++) {
+        const json_t *value = json_object_get(h->config, options[i].name);
+        bool is = value == NULL ? options[i].otherwise : !choir_adapter_is_off(value);
+        if (is != options[i].value)
+            return choir_fail(
+                CHOIR_E_UNIMPLEMENTED,
+                "%s: %s of AdapterHub's adapter_config.json is %s; Choir has adapters with %s",
+                r->name, options[i].name, is ? "true" : "false",
+                options[i].value ? "true" : "false");
+    }
+    const json_t *architecture = json_object_get(h->config, "architecture");
+    if (!choir_adapter_is_off(architecture))
+        return choir_fail(
+            CHOIR_E_UNIMPLEMENTED,
+            "%s: architecture of AdapterHub's adapter_config.json is \"%.40s\"; Choir reads "
+            "bottleneck adapters of AdapterHub, other kinds from PEFT",
+            r->name, json_is_string(architecture) ? json_string_value(architecture) : "?");
+    if (is_text(json_object_get(h->config, "residual_before_ln"), "post_add"))
+        return choir_fail(
+            CHOIR_E_UNIMPLEMENTED,
+            "%s: residual_before_ln of AdapterHub's adapter_config.json is \"post_add\"", r->name);
+    return CHOIR_OK;
+}
+
+/* "model.layers.3.output_adapters.adapters.NAME.adapter_down.0.weight": the matrix that it lies
+ * behind. */
+static bool find_module(const hub *h, const char *tensor, choir_adapter_spot *out)
+{
+    static const struct {
+        const char *part, *module;
+    } parts[] = {{".attention_adapters.adapters.", ".self_attn.o_proj.weight"},
+                 {".output_adapters.adapters.", ".mlp.down_proj.weight"}};
+    char name[CHOIR_ADAPTER_MAX_NAME];
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        const char *at = strstr(tensor, parts[i].part);
+        if (at == NULL) continue;
+        const char *prefix = strncmp(tensor, "model.", 6) == 0 ? "" : "model.";
+        int n = snprintf(name, sizeof name, "%s%.*s%s", prefix, (int)(at - tensor), tensor,
+                         parts[i].module);
+        if (n < 0 || (size_t)n >= sizeof name) return false;
+        *out = choir_adapter_find_spot(h->reader, name);
+        return out->n_places == 1;
+    }
+    return false;
+}
+
+/* A vector that scales each output: folded into B and its bias. */
+static choir_status fold_channels(choir_adapter_reader *r, choir_adapter_tensor *t,
+                                  choir_adapter_change *c)
+{
+    const float *s;
+    CHOIR_TRY(choir_adapter_expect(r, t, 0, c->rows));
+    CHOIR_TRY(choir_adapter_read(r, t, NULL, &s));
+    for (uint32_t i = 0; s != NULL && i < c->rows; i++) {
+        for (uint32_t k = 0; k < c->rank; k++) ((float *)c->b)[(size_t)i * c->rank + k] *= s[i];
+        if (c->b_bias != NULL) ((float *)c->b_bias)[i] *= s[i];
+    }
+    return CHOIR_OK;
+}
+
+static choir_status read_hub_pair(const hub *h, choir_adapter_tensor *down)
+{
+    choir_adapter_reader *r = h->reader;
+    const char *suffix = ".adapter_down.0.weight";
+    choir_adapter_spot spot;
+    if (!find_module(h, down->name, &spot)) return choir_adapter_refuse(r, down->name);
+    CHOIR_TRY(choir_adapter_check_spot(r, &spot, down->name));
+    choir_adapter_pair p = {
+        .a = down,
+        .a_bias = choir_adapter_beside(r, down->name, suffix, ".adapter_down.0.bias"),
+        .b = choir_adapter_beside(r, down->name, suffix, ".adapter_up.weight"),
+        .b_bias = choir_adapter_beside(r, down->name, suffix, ".adapter_up.bias"),
+        .scale = h->scale,
+        .act = h->act,
+        .series = !h->parallel,
+        .residual = h->parallel || h->sums};
+    choir_adapter_tensor *scale = choir_adapter_beside(r, down->name, suffix, ".scaling");
+    if (p.b == NULL)
+        return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no adapter_up.weight beside it",
+                          r->name, down->name);
+    if ((h->learned || h->by_channel) && scale == NULL)
+        return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no scaling beside it", r->name,
+                          down->name);
+    CHOIR_TRY(read_rank(r, down, &p.rank));
+    if (h->learned) CHOIR_TRY(read_scale(r, scale, &p.scale));
+    CHOIR_TRY(choir_adapter_add_pair(r, &spot, &p));
+    return h->by_channel ? fold_channels(r, scale, &r->pieces[r->n_pieces - 1].change) : CHOIR_OK;
+}
+
+choir_status choir_adapter_read_hub(choir_adapter_reader *r)
+{
+    hub h = {.reader = r, .config = choir_adapter_get(r, "config"), .scale = 1};
+    const json_t *act = json_object_get(h.config, "non_linearity");
+    const json_t *scaling = json_object_get(h.config, "scaling");
+    snprintf(r->data->kind, sizeof r->data->kind, "bottleneck");
+    CHOIR_TRY(check_options(&h));
+    h.parallel = !choir_adapter_is_off(json_object_get(h.config, "is_parallel"));
+    h.sums = !choir_adapter_is_off(json_object_get(h.config, "original_ln_before"));
+    const char *name = json_is_string(act) ? json_string_value(act) : "";
+    char lower[40];
+    size_t n = 0;
+    for (; name[n] != '\0' && n + 1 < sizeof lower; n++)
+        lower[n] = name[n] >= 'A' && name[n] <= 'Z' ? (char)(name[n] + 32) : name[n];
+    lower[n] = '\0';
+    /* What says no version is older than the day when "gelu" became its erf form. */
+    bool old = json_object_get(r->config, "version") == NULL;
+    if (old && strcmp(lower, "gelu") == 0) snprintf(lower, sizeof lower, "gelu_new");
+    if (old && strcmp(lower, "gelu_orig") == 0) snprintf(lower, sizeof lower, "gelu");
+    CHOIR_TRY(read_act(r, lower, &h.act));
+    h.learned = is_text(scaling, "learned");
+    h.by_channel = is_text(scaling, "channel");
+    if (!h.learned && !h.by_channel) CHOIR_TRY(check_scale(r, scaling, &h.scale));
+    for (size_t i = 0; i < r->n_tensors; i++)
+        if (choir_adapter_ends_with(r->tensors[i].name, ".adapter_down.0.weight"))
+            CHOIR_TRY(read_hub_pair(&h, &r->tensors[i]));
+    return CHOIR_OK;
+}
