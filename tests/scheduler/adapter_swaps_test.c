@@ -370,7 +370,7 @@ static void test_threads(void **state)
             choir_scheduler_stats t;
             choir_scheduler_get_stats(s, &t);
             static choir_adapter_info list[N_NAMES];
-            assert_int_equal(choir_adapters_list(pool, list, N_NAMES), N_NAMES);
+            assert_int_equal(choir_adapters_list(pool, "", list, N_NAMES), N_NAMES);
         }
         for (uint32_t i = 0; i < THREADS; i++) {
             pthread_join(askers[i].thread, NULL);
