@@ -108,7 +108,7 @@ choir_status choir_adapter_module_spot(const choir_adapter_reader *r, const char
     snprintf(name, sizeof name, "%.250s.weight", module);
     *out = choir_adapter_find_spot(r, name);
     if (out->n_places == 0 || choir_adapter_is_vector(out->places[0]->role) ||
-        out->places[0]->stacked)
+        out->places[0]->stacked || choir_adapter_is_of_heads(out->places[0]))
         return choir_adapter_refuse(r, tensor);
     return choir_adapter_check_spot(r, out, tensor);
 }

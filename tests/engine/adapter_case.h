@@ -83,7 +83,8 @@ static void same_but_for_arrays(const choir_adapter_data *whole, const choir_ada
         const choir_adapter_change *w = &whole->changes[i], *h = &header->changes[i];
         assert_true(w->role == h->role && w->layer == h->layer && w->index == h->index);
         assert_true(w->rows == h->rows && w->cols == h->cols && w->rank == h->rank);
-        assert_true(w->act == h->act && w->series == h->series && w->has == h->has);
+        assert_true(w->act == h->act && w->series == h->series && w->residual == h->residual &&
+                    w->has == h->has);
         const float *arrays[] = {h->a,         h->b,        h->a_bias, h->b_bias, h->magnitude,
                                  h->out_scale, h->in_scale, h->weight, h->bias};
         for (size_t k = 0; k < sizeof arrays / sizeof *arrays; k++) assert_null(arrays[k]);

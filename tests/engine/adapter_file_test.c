@@ -96,7 +96,8 @@ static void patterns_that_are_none_or_never_end_are_refused(void **state)
         {"\"rank_pattern\": {\"q{,3}\": 2}", CHOIR_E_UNIMPLEMENTED, "{,"},
         {"\"rank_pattern\": {\"o_proj\": \"2\"}", CHOIR_E_FORMAT, "no number for \"o_proj\""},
         {"\"rank_pattern\": [\"o_proj\"]", CHOIR_E_FORMAT, "rank_pattern"},
-        {"\"alpha_pattern\": {\"((a|[a-z._0-9]|[a-z_.0-9])*)*[A-Z]\": 2}", CHOIR_E_INVALID, "steps"},
+        {"\"alpha_pattern\": {\"((a|[a-z._0-9]|[a-z_.0-9])*)*[A-Z]\": 2}", CHOIR_E_INVALID,
+         "steps"},
         {"\"rank_pattern\": {\"o_proj\": 0}", CHOIR_E_INVALID, "r is 0"},
         {"\"rank_pattern\": {\"o_proj\": 1e9}", CHOIR_E_INVALID, "r is 1e+09"},
         {"\"rank_pattern\": {\"o_proj\": 3}", CHOIR_E_INVALID, "[3, 64]"},
@@ -439,18 +440,33 @@ static void tables_are_adapted_by_rows(void **state)
     image_free(&image);
 }
 
-static void latent_attention_is_adapted_but_for_kv_b(void **state)
+static void latent_attention_is_adapted_head_by_head(void **state)
 {
     (void)state;
     adapter_image image = {0};
     add_lora(&image, LAYERS "0.self_attn.q_a_proj", 2, 60, 30);
     add_lora(&image, LAYERS "0.self_attn.q_b_proj", 2, 30, 72);
     add_lora(&image, LAYERS "0.self_attn.kv_a_proj_with_mqa", 2, 60, 38);
+    add_lora(&image, LAYERS "0.self_attn.kv_b_proj", 2, 30, 96);
     choir_adapter_data *d = reads("deepseek_v3", LORA, &image);
     same_numbers(find_change(d, CHOIR_ROLE_ATTN_Q_B, 0, 0)->b, 72 * 2, 3, 0);
+    for (uint32_t head = 0; head < 3; head++) { /* 16 rows of keys, 16 of values */
+        const choir_adapter_change *k = find_change(d, CHOIR_ROLE_ATTN_K_B, 0, head);
+        const choir_adapter_change *v = find_change(d, CHOIR_ROLE_ATTN_V_B, 0, head);
+        assert_true(k->rows == 30 && k->cols == 16 && v->rows == 16 && v->cols == 30);
+        same_numbers(v->a, 2 * 30, 6, 0);
+        same_numbers(v->b, 16 * 2, 7, 2 * (32 * (size_t)head + 16));
+        for (uint32_t n = 0; n < 16; n++)
+            same_numbers(k->a + 16 + n, 1, 7, 2 * (32 * (size_t)head + n) + 1);
+        for (uint32_t n = 0; n < 30; n++) same_numbers(k->b + 2 * n + 1, 1, 6, 30 + n);
+    }
     choir_adapter_data_free(d);
-    add_lora(&image, LAYERS "0.self_attn.kv_b_proj", 2, 30, 96);
-    refuses("deepseek_v3", LORA, &image, CHOIR_E_UNIMPLEMENTED, "kv_b_proj");
+    image_free(&image);
+    image_add(&image, LAYERS "0.self_attn.kv_b_proj.weight", 96, 30, 0);
+    refuses("deepseek_v3",
+            "{\"peft_type\": \"LORA\", \"r\": 2, \"lora_alpha\": 6, \"modules_to_save\": "
+            "[\"kv_b_proj\"]}",
+            &image, CHOIR_E_INVALID, "kv_b_proj.weight");
     image_free(&image);
 }
 
@@ -832,7 +848,7 @@ int main(void)
         cmocka_unit_test(square_experts_follow_the_version),
         cmocka_unit_test(stacked_experts_need_their_targets),
         cmocka_unit_test(tables_are_adapted_by_rows),
-        cmocka_unit_test(latent_attention_is_adapted_but_for_kv_b),
+        cmocka_unit_test(latent_attention_is_adapted_head_by_head),
         cmocka_unit_test(models_that_see_have_their_text_below_another_name),
         cmocka_unit_test(invocations_are_read),
         cmocka_unit_test(settings_that_mean_something_else_are_refused),
