@@ -239,7 +239,8 @@ static choir_status read_pair(const lora *l, choir_adapter_tensor *a, const char
     CHOIR_TRY(choir_adapter_check_spot(r, &spot, a->name));
     CHOIR_TRY(find_pair(l, a, suffix, &p));
     CHOIR_TRY(set_scale(l, module, &p));
-    return add_any(l, &spot, suffix, &p);
+    CHOIR_TRY(add_any(l, &spot, suffix, &p));
+    return choir_adapter_note_pair(r, &spot, &p);
 }
 
 static choir_status read_pairs(lora *l)
