@@ -18,7 +18,7 @@ static choir_status facts_of(const choir_engine *e, const choir_adapter_file *fi
     _Static_assert(sizeof out->invocation == sizeof data->invocation, "all invocations fit");
     *out = (choir_adapter_facts){.bytes = choir_adapter_plan_bytes(e, data, e->adapter_type),
                                  .n_parameters = data->n_parameters,
-                                 .sole = data->n_virtual > 0,
+                                 .sole = !choir_adapter_data_mixes(data),
                                  .max_rank = data->max_rank,
                                  .n_virtual = data->n_virtual,
                                  .n_invocation = data->n_invocation};
@@ -28,10 +28,8 @@ static choir_status facts_of(const choir_engine *e, const choir_adapter_file *fi
     out->load_bytes = data->n_parameters * sizeof(float);
     memcpy(out->kind, data->kind, sizeof out->kind);
     memcpy(out->invocation, data->invocation, sizeof out->invocation);
-    for (size_t i = 0; i < data->n_changes; i++) {
+    for (size_t i = 0; i < data->n_changes; i++)
         out->targets |= UINT64_C(1) << data->changes[i].role;
-        if ((data->changes[i].has & CHOIR_ADAPTER_HAS_WEIGHT) != 0) out->sole = true;
-    }
     return CHOIR_OK;
 }
 

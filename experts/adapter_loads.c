@@ -72,6 +72,8 @@ static void load_end(choir_adapters *pool, adapter_load *load, choir_status stat
     if (status == CHOIR_OK) {
         v->adapter = made->adapter;
         v->bytes = v->facts.bytes = made->bytes;
+        /* Bytes that were changed without a trace: others than before, so another version. */
+        if (v->digest != 0 && v->digest != made->digest) v->number = ++pool->n_numbered;
         v->digest = made->digest;
         v->used = ++pool->n_used;
         pool->held_bytes += made->bytes;
@@ -90,17 +92,40 @@ static void load_end(choir_adapters *pool, adapter_load *load, choir_status stat
     call_wake(pool);
 }
 
-/* Files and a buffer for the version that was chosen. */
-static choir_status open_load(choir_adapters *pool, adapter_load *load)
+/* Other files lie there than those that the version stands for: they are its name's next version,
+ * read in its turn. A candidate fails instead: who waits for it has named what he wants. */
+static void load_anew(choir_adapters *pool, adapter_load *load)
+{
+    choir_adapter_version *v = load->version;
+    const choir_adapter_load what = {.name = v->name, .path = v->path, .beneath = v->beneath};
+    adapter_files files;
+    choir_adapter_facts facts;
+    choir_status status = choir_fail(
+        CHOIR_E_PRECONDITION, "adapter %s: its files have changed while it was loaded", v->name);
+    if (!v->candidate) status = adapter_examine(pool, &what, &files, &facts);
+    if (status != CHOIR_OK) {
+        load_end(pool, load, status, NULL);
+        return;
+    }
+    choir_log(CHOIR_LOG_INFO, "adapter %s: its files have changed; it is what they are now",
+              v->name);
+    close_load(load);
+    pthread_mutex_lock(&pool->lock);
+    pool->held_bytes -= load->reserved;
+    load->version = NULL;
+    version_take_files(pool, v, &files, &facts);
+    version_end_if_idle(pool, v);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* Files and a buffer for the version that was chosen. *other: its files are not there any more. */
+static choir_status open_load(choir_adapters *pool, adapter_load *load, bool *other)
 {
     const choir_adapter_version *v = load->version;
     CHOIR_TRY(files_open(pool, v->name, v->path, v->beneath, true, &load->files));
-    if (!file_mark_same(&load->files.tensors_mark, &v->tensors) ||
-        !file_mark_same(&load->files.config_mark, &v->config))
-        return choir_fail(CHOIR_E_PRECONDITION,
-                          "adapter %s: its files have changed since it was registered; load it "
-                          "again",
-                          v->name);
+    *other = !file_mark_same(&load->files.tensors_mark, &v->tensors) ||
+             !file_mark_same(&load->files.config_mark, &v->config);
+    if (*other) return CHOIR_OK;
     CHOIR_TRY(files_read_config(&load->files, v->name, &load->config, &load->config_bytes));
     size_t need = choir_round_up(v->tensors.bytes, CHOIR_DISK_PAGE);
     if (need == 0)
@@ -156,8 +181,12 @@ static bool begin_loads(choir_adapters *pool)
         if (choose(pool, load) == NULL) break;
         free_gone(pool);
         moved = true;
-        choir_status status = open_load(pool, load);
-        if (status != CHOIR_OK) load_end(pool, load, status, NULL);
+        bool other = false;
+        choir_status status = open_load(pool, load, &other);
+        if (status != CHOIR_OK)
+            load_end(pool, load, status, NULL);
+        else if (other)
+            load_anew(pool, load);
     }
     return moved;
 }
@@ -187,7 +216,7 @@ static bool is_over(const adapter_load *load)
            (load->error != 0 || load->n_sent == load->n_pieces);
 }
 
-static choir_status make(choir_adapters *pool, adapter_load *load, choir_adapter_made *made)
+static choir_status make(choir_adapters *pool, const adapter_load *load, choir_adapter_made *made)
 {
     const choir_adapter_version *v = load->version;
     const choir_adapter_file file = {.name = v->name,
@@ -196,42 +225,35 @@ static choir_status make(choir_adapters *pool, adapter_load *load, choir_adapter
                                      .tensors = load->data,
                                      .tensor_bytes = (size_t)v->tensors.bytes,
                                      .file_bytes = v->tensors.bytes};
-    if (!files_unchanged(&load->files))
-        return choir_fail(CHOIR_E_PRECONDITION,
-                          "adapter %s: its files have changed while they were read; load it again",
-                          v->name);
     *made = (choir_adapter_made){0};
-    choir_status status = adapter_failure(pool->options.make(pool->options.user, &file, made));
-    if (status != CHOIR_OK || v->digest == 0 || v->digest == made->digest) return status;
-    /* Pages of its KV may be cached, and requests run: under this version there is one set of
-     * weights. */
-    pool->options.free(pool->options.user, made->adapter);
-    return choir_fail(CHOIR_E_PRECONDITION,
-                      "adapter %s: its bytes are others than when it was read first; load it again",
-                      v->name);
+    return adapter_failure(pool->options.make(pool->options.user, &file, made));
+}
+
+/* False: it is read once more. */
+static bool gives_up(choir_adapters *pool, adapter_load *load)
+{
+    if (load->n_tries == MAX_LOAD_TRIES) return true;
+    load->n_tries++;
+    load->n_sent = 0;
+    load->error = 0;
+    pthread_mutex_lock(&pool->lock);
+    pool->stats.n_retries++;
+    pthread_mutex_unlock(&pool->lock);
+    return false;
 }
 
 /* All pieces have arrived, or one has not. */
 static void finish_load(choir_adapters *pool, adapter_load *load)
 {
-    choir_adapter_made made;
+    choir_adapter_made made = {0};
+    choir_status status;
     int e = load->error;
-    if (e != 0 && e != ENODATA && load->n_tries < MAX_LOAD_TRIES) {
-        load->n_tries++;
-        load->n_sent = 0;
-        load->error = 0;
-        pthread_mutex_lock(&pool->lock);
-        pool->stats.n_retries++;
-        pthread_mutex_unlock(&pool->lock);
+    if (e == ENODATA || !files_unchanged(&load->files)) { /* cut, or written to */
+        load_anew(pool, load);
         return;
     }
-    choir_status status;
-    if (e == ENODATA)
-        status = choir_fail(CHOIR_E_PRECONDITION,
-                            "adapter %s: its file has been cut since it was registered; load it "
-                            "again",
-                            load->version->name);
-    else if (e != 0)
+    if (e != 0 && !gives_up(pool, load)) return;
+    if (e != 0)
         status = choir_fail(CHOIR_E_UNAVAILABLE, "adapter %s cannot be read: %s",
                             load->version->name, strerror(e));
     else

@@ -12,9 +12,10 @@
  *
  *                        chosen: there is room                made
  *           REGISTERED ---------------------------> LOADING ----------> RESIDENT
- *             ^    ^                                   |                    |
- *             |    | claimed again after retry_ns      | load_end           |
- *             |    +-------------------------- FAILED <+                    |
+ *             ^ ^  ^                                |  |                    |
+ *             | |  | claimed again after retry_ns   |  | load_end           |
+ *             | |  +-------------------------- FAILED <+                    |
+ *             | +----- other files lie there -------+                       |
  *             +------------------------------- evict -----------------------+
  *         A version's end is possible in every state but LOADING: the loader frees it.
  * NEXT    experts/adapter_registry.c for names, experts/adapter_loads.c for the loader */
@@ -69,7 +70,7 @@ typedef struct version_sums {
 struct choir_adapter_version {
     adapter_name *of; /* NULL: it was replaced or unloaded, or is a candidate */
     char *name, *path;
-    bool beneath, kept, quarantined;
+    bool beneath, kept, quarantined, candidate; /* candidate: load() waits for it */
     file_mark folder, config, tensors;
     choir_adapter_facts facts;
     uint64_t number;
@@ -117,7 +118,8 @@ struct choir_adapters {
     choir_adapter_version **versions;
     uint32_t n_versions, versions_room, n_in_state[N_VERSION_STATES];
     choir_adapter_version *evicted, *ended; /* lists of what the loader frees */
-    uint64_t n_numbered, n_used, n_quarantines;
+    uint32_t n_candidates;
+    uint64_t n_numbered, n_used, n_bad_news; /* bad news: claims may have gone bad since */
     uint64_t held_bytes, most_overhead; /* overhead: what loading takes besides */
     version_sums sums;
     bool blocked; /* a claim of this urgency finds no room */
@@ -162,7 +164,14 @@ void version_fail(choir_adapters *pool, choir_adapter_version *v, choir_status s
 void version_evict(choir_adapters *pool, choir_adapter_version *v);
 /* No name stands for it any more: claims that are not pinned go to `next`, unless that is NULL. */
 void version_retire(choir_adapters *pool, choir_adapter_version *v, choir_adapter_version *next);
+/* Claims of former versions of its name that are not pinned become its own. */
+void version_adopt(choir_adapters *pool, choir_adapter_version *v);
+/* While it is LOADING: other files lie at its path. It is REGISTERED as what they are, under a new number. */
+void version_take_files(choir_adapters *pool, choir_adapter_version *v, const adapter_files *files,
+                        const choir_adapter_facts *facts);
 void version_end_if_idle(choir_adapters *pool, choir_adapter_version *v);
+/* Its name's next version is being loaded: whatever befalls this one, claims that are not pinned wait for that. */
+bool version_is_followed(const choir_adapters *pool, const choir_adapter_version *v);
 uint64_t version_overhead(const choir_adapter_version *v);
 int64_t version_urgency(const choir_adapter_version *v); /* of its most urgent claim */
 void claim_link(choir_adapters *pool, choir_adapter_version *v, choir_adapter_claim *claim);
@@ -178,7 +187,10 @@ choir_status pool_check_fits(const choir_adapters *pool, const char *name, uint6
                              uint64_t kept) CHOIR_MUST_USE;
 void pool_nudge(choir_adapters *pool);
 
-/* experts/adapter_registry.c; under the lock */
+/* experts/adapter_registry.c; the first without the lock, the others under it */
+/* Opens what lies there, and asks check() of its headers. */
+choir_status adapter_examine(choir_adapters *pool, const choir_adapter_load *what, adapter_files *files,
+                             choir_adapter_facts *facts) CHOIR_MUST_USE;
 adapter_name *name_find(const choir_adapters *pool, const char *text); /* NULL: there is none */
 choir_status name_unknown(const choir_adapters *pool, const char *text);
 

@@ -60,9 +60,8 @@ static choir_status clean_path(const choir_adapters *pool, const choir_adapter_l
     return CHOIR_OK;
 }
 
-/* Opens it, and asks check() of its headers. */
-static choir_status examine(choir_adapters *pool, const choir_adapter_load *what,
-                            adapter_files *files, choir_adapter_facts *facts)
+choir_status adapter_examine(choir_adapters *pool, const choir_adapter_load *what,
+                             adapter_files *files, choir_adapter_facts *facts)
 {
     choir_adapter_file file = {.name = what->name};
     char *config = NULL;
@@ -159,6 +158,7 @@ static choir_status make_current(choir_adapters *pool, const choir_adapter_load 
     v->kept = what->keep;
     version_recount(pool, v);
     if (before != NULL) version_retire(pool, before, v);
+    version_adopt(pool, v);
     pool_nudge(pool);
     return CHOIR_OK;
 }
@@ -219,7 +219,7 @@ choir_status choir_adapters_register(choir_adapters *pool, const choir_adapter_l
     CHOIR_TRY(choir_adapters_check_name(what.name));
     CHOIR_TRY(clean_path(pool, &what, path));
     what.path = path;
-    CHOIR_TRY(examine(pool, &what, &files, &facts));
+    CHOIR_TRY(adapter_examine(pool, &what, &files, &facts));
     pthread_mutex_lock(&pool->lock);
     choir_status status = register_found(pool, &what, &files, &facts);
     pthread_mutex_unlock(&pool->lock);
@@ -324,9 +324,14 @@ static choir_status load_found(choir_adapters *pool, const choir_adapter_load *w
         pool_check_fits(pool, name, facts->bytes + version_overhead(v), pool->sums.kept);
     if (status == CHOIR_OK) {
         claim_link(pool, v, &claim);
+        v->candidate = true;
+        pool->n_candidates++;
         pool_nudge(pool);
         status = await(pool, v, what->deadline_ns);
+        v->candidate = false;
+        pool->n_candidates--;
         if (status == CHOIR_OK) status = settle(pool, what, v);
+        if (status != CHOIR_OK) pool->n_bad_news++;
         claim_unlink(pool, &claim);
     }
     known = name_find(pool, what->name);
@@ -347,7 +352,7 @@ choir_status choir_adapters_load(choir_adapters *pool, const choir_adapter_load 
     CHOIR_TRY(choir_adapters_check_name(what.name));
     CHOIR_TRY(clean_path(pool, &what, path));
     what.path = path;
-    CHOIR_TRY(examine(pool, &what, &files, &facts));
+    CHOIR_TRY(adapter_examine(pool, &what, &files, &facts));
     pthread_mutex_lock(&pool->lock);
     choir_status status = load_found(pool, &what, &files, &facts);
     const adapter_name *name = name_find(pool, what.name);

@@ -6,6 +6,15 @@
 
 static const char *const state_texts[] = {"REGISTERED", "LOADING", "RESIDENT", "FAILED"};
 
+static void take_marks(choir_adapter_version *v, const adapter_files *files,
+                       const choir_adapter_facts *facts)
+{
+    v->folder = files->folder;
+    v->config = files->config_mark;
+    v->tensors = files->tensors_mark;
+    v->facts = *facts;
+}
+
 choir_adapter_version *version_create(choir_adapters *pool, const choir_adapter_load *what,
                                       const adapter_files *files, const choir_adapter_facts *facts)
 {
@@ -26,10 +35,7 @@ choir_adapter_version *version_create(choir_adapters *pool, const choir_adapter_
         return NULL;
     }
     v->beneath = what->beneath;
-    v->folder = files->folder;
-    v->config = files->config_mark;
-    v->tensors = files->tensors_mark;
-    v->facts = *facts;
+    take_marks(v, files, facts);
     v->number = ++pool->n_numbered;
     v->place = pool->n_versions;
     pool->versions[pool->n_versions++] = v;
@@ -51,7 +57,8 @@ void version_move(choir_adapters *pool, choir_adapter_version *v, version_state 
 {
     static const bool legal[N_VERSION_STATES][N_VERSION_STATES] = {
         [VERSION_REGISTERED] = {[VERSION_LOADING] = true},
-        [VERSION_LOADING] = {[VERSION_RESIDENT] = true, [VERSION_FAILED] = true},
+        [VERSION_LOADING] =
+            {[VERSION_RESIDENT] = true, [VERSION_FAILED] = true, [VERSION_REGISTERED] = true},
         [VERSION_RESIDENT] = {[VERSION_REGISTERED] = true},
         [VERSION_FAILED] = {[VERSION_REGISTERED] = true},
     };
@@ -103,6 +110,7 @@ void version_fail(choir_adapters *pool, choir_adapter_version *v, choir_status s
     v->retry_at = choir_clock_now() + pool->options.retry_ns;
     version_move(pool, v, VERSION_FAILED);
     pool->stats.n_failures++;
+    pool->n_bad_news++;
     if (v->of != NULL) v->of->n_failures++;
 }
 
@@ -132,15 +140,42 @@ void version_end_if_idle(choir_adapters *pool, choir_adapter_version *v)
     pool_nudge(pool);
 }
 
-void version_retire(choir_adapters *pool, choir_adapter_version *v, choir_adapter_version *next)
+static void move_claims(choir_adapters *pool, choir_adapter_version *from,
+                        choir_adapter_version *to)
 {
-    v->of = NULL;
-    for (choir_adapter_claim *c = v->claims, *after; c != NULL && next != NULL; c = after) {
+    for (choir_adapter_claim *c = from->claims, *after; c != NULL; c = after) {
         after = c->next;
         if (c->pinned) continue;
         claim_unlink(pool, c);
-        claim_link(pool, next, c);
+        claim_link(pool, to, c);
     }
+}
+
+void version_adopt(choir_adapters *pool, choir_adapter_version *v)
+{
+    for (uint32_t i = pool->n_versions; i-- > 0;) {
+        choir_adapter_version *other = pool->versions[i];
+        if (other->of != NULL || other->candidate || other->n_claims == 0 || other == v) continue;
+        if (strcmp(other->name, v->name) != 0) continue;
+        move_claims(pool, other, v);
+        version_end_if_idle(pool, other);
+    }
+}
+
+void version_take_files(choir_adapters *pool, choir_adapter_version *v, const adapter_files *files,
+                        const choir_adapter_facts *facts)
+{
+    take_marks(v, files, facts);
+    if (version_overhead(v) > pool->most_overhead) pool->most_overhead = version_overhead(v);
+    v->number = ++pool->n_numbered;
+    v->digest = 0;
+    version_move(pool, v, VERSION_REGISTERED);
+}
+
+void version_retire(choir_adapters *pool, choir_adapter_version *v, choir_adapter_version *next)
+{
+    v->of = NULL;
+    if (next != NULL) move_claims(pool, v, next);
     version_recount(pool, v);
     version_end_if_idle(pool, v);
 }
@@ -176,6 +211,15 @@ void claim_unlink(choir_adapters *pool, choir_adapter_claim *claim)
     version_recount(pool, v);
 }
 
+bool version_is_followed(const choir_adapters *pool, const choir_adapter_version *v)
+{
+    for (uint32_t i = 0; i < pool->n_versions && pool->n_candidates > 0; i++) {
+        const choir_adapter_version *c = pool->versions[i];
+        if (c->candidate && c != v && strcmp(c->name, v->name) == 0) return true;
+    }
+    return false;
+}
+
 /* Who is kept is read behind those that somebody waits for. */
 choir_adapter_version *pool_next_load(choir_adapters *pool)
 {
@@ -185,6 +229,7 @@ choir_adapter_version *pool_next_load(choir_adapters *pool)
     for (uint32_t i = 0; i < pool->n_versions; i++) {
         choir_adapter_version *v = pool->versions[i];
         if (v->state != VERSION_REGISTERED || (v->n_claims == 0 && !is_kept(v))) continue;
+        if (!v->candidate && version_is_followed(pool, v)) continue;
         int64_t u = version_urgency(v);
         if (best != NULL && u >= urgency) continue;
         best = v;

@@ -78,8 +78,9 @@ void choir_adapters_destroy(choir_adapters *pool)
 /* -- claims -- */
 
 /* Why nobody gets this version, if nobody does. */
-static choir_status check_version(const choir_adapter_version *v)
+static choir_status check_version(const choir_adapters *pool, const choir_adapter_version *v)
 {
+    if (version_is_followed(pool, v)) return CHOIR_OK;
     if (v->quarantined)
         return choir_fail(
             CHOIR_E_PRECONDITION,
@@ -99,7 +100,7 @@ static choir_status claim_current(choir_adapters *pool, const char *text,
     choir_adapter_version *v = name->current;
     if (v->state == VERSION_FAILED && choir_clock_now() >= v->retry_at)
         version_move(pool, v, VERSION_REGISTERED);
-    CHOIR_TRY(check_version(v));
+    CHOIR_TRY(check_version(pool, v));
     snprintf(what, sizeof what, "adapter %s", text);
     CHOIR_TRY(pool_check_fits(pool, what, v->facts.bytes + version_overhead(v),
                               pool->sums.kept - v->sums.kept));
@@ -146,7 +147,7 @@ choir_status choir_adapters_check_claims(choir_adapters *pool, const choir_adapt
     choir_status status = CHOIR_OK;
     pthread_mutex_lock(&pool->lock);
     for (uint32_t i = 0; i < n && status == CHOIR_OK; i++)
-        status = check_version(claims[i].version);
+        status = check_version(pool, claims[i].version);
     pthread_mutex_unlock(&pool->lock);
     return status;
 }
@@ -156,8 +157,9 @@ static choir_status pin_all(choir_adapters *pool, choir_adapter_claim *claims, u
 {
     bool all = true;
     for (uint32_t i = 0; i < n; i++) {
-        CHOIR_TRY(check_version(claims[i].version));
-        all = all && claims[i].version->state == VERSION_RESIDENT;
+        const choir_adapter_version *v = claims[i].version;
+        CHOIR_TRY(check_version(pool, v));
+        all = all && v->state == VERSION_RESIDENT && !v->quarantined;
     }
     if (!all) CHOIR_TRY(check_together(pool, claims, n));
     if (!all || (pool->blocked && claims[0].urgency > pool->blocked_urgency)) return CHOIR_OK;
@@ -239,7 +241,7 @@ void choir_adapters_note_poison(choir_adapters *pool, const choir_adapter_claim 
     bool now = !v->quarantined && v->n_poisoned >= pool->options.max_poisoned;
     if (now) {
         v->quarantined = true;
-        pool->n_quarantines++;
+        pool->n_bad_news++;
         pool->stats.n_quarantined++;
         choir_log(CHOIR_LOG_WARNING,
                   "adapter %s is quarantined: %u requests with it ended in NaN or Inf", v->name,
@@ -302,10 +304,10 @@ void choir_adapters_get_stats(choir_adapters *pool, choir_adapters_stats *out)
     pthread_mutex_unlock(&pool->lock);
 }
 
-uint64_t choir_adapters_n_failures(choir_adapters *pool)
+uint64_t choir_adapters_bad_news(choir_adapters *pool)
 {
     pthread_mutex_lock(&pool->lock);
-    uint64_t n = pool->stats.n_failures + pool->n_quarantines;
+    uint64_t n = pool->n_bad_news;
     pthread_mutex_unlock(&pool->lock);
     return n;
 }

@@ -179,8 +179,8 @@ typedef struct choir_adapters_stats {
     const char *io;
 } choir_adapters_stats;
 void choir_adapters_get_stats(choir_adapters *pool, choir_adapters_stats *out);
-/* Loads that have failed so far, and versions that were quarantined: while it stays, no claim goes bad. */
-uint64_t choir_adapters_n_failures(choir_adapters *pool);
+/* Counts what may have made claims go bad: while it stays, choir_adapters_check_claims() says what it did. */
+uint64_t choir_adapters_bad_news(choir_adapters *pool);
 
 /* One turn of the loader (options.manual). False: nothing moved, and nothing is on its way. */
 bool choir_adapters_work(choir_adapters *pool);

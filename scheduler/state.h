@@ -146,7 +146,7 @@ struct choir_scheduler {
     uint32_t n_kv_pages, n_idle_ticks; /* pages that may be in use; kv_share.c */
     uint64_t adapter_bytes;            /* that adapters were asked for; kv_share.c */
     uint32_t n_spare_ticks;
-    uint64_t n_adapter_failures; /* that were looked at */
+    uint64_t n_bad_news; /* of adapters, that were looked at */
     read_groups reads;
 
     pthread_t thread;

@@ -541,7 +541,7 @@ static void test_unreadable(void **state)
     end_world(&w);
 }
 
-/* What happens to a folder between registration and load: one sentence, nobody gets other bytes. */
+/* What happens to a folder between registration and load: one sentence, and others go on. */
 static void check_change(void (*change)(world *w), const char *sentence)
 {
     world w;
@@ -561,11 +561,6 @@ static void check_change(void (*change)(world *w), const char *sentence)
     end_world(&w);
 }
 
-static void change_replaced(world *w)
-{
-    toy_spec spec = spec_of(3);
-    toy_write(&w->folder, "a", &spec);
-}
 static void change_vanished(world *w)
 {
     toy_remove(&w->folder, "a");
@@ -576,42 +571,63 @@ static void change_no_tensors(world *w)
     snprintf(path, sizeof path, "%s/a/adapter_model.safetensors", w->folder.path);
     assert_int_equal(unlink(path), 0);
 }
-static void change_cut(world *w)
+static int truncate_of(const world *w, const char *name, off_t bytes)
 {
     char path[256];
-    snprintf(path, sizeof path, "%s/a/adapter_model.safetensors", w->folder.path);
-    assert_int_equal(truncate(path, 5000), 0);
+    snprintf(path, sizeof path, "%s/%s/adapter_model.safetensors", w->folder.path, name);
+    return truncate(path, bytes);
+}
+static void change_cut(world *w)
+{
+    assert_int_equal(truncate_of(w, "a", 5000), 0);
 }
 
 static void test_changes(void **state)
 {
     (void)state;
-    check_change(change_replaced, "have changed since it was registered");
     check_change(change_vanished, "its folder is not there");
     check_change(change_no_tensors, "has no adapter_model.safetensors");
-    check_change(change_cut, "have changed");
+    check_change(change_cut, "its tensors have 5000 bytes");
 }
 
-/* The same while it is read, and where only the bytes tell. */
+/* Other files lie there when it is read, or are put there meanwhile: it is what they are, as
+ * another version. */
 static void test_changes_under_the_reader(void **state)
 {
     (void)state;
     world w;
     bool pinned;
     make_world(&w, 1024 * KB);
+    choir_log_set_level(CHOIR_LOG_ERROR);
     add(&w, "a", 1);
+    toy_spec spec = {.seed = 3, .bytes = 3 * SIZE}; /* it takes another room, too */
+    toy_write(&w.folder, "a", &spec);
     choir_adapter_claim *a = claim(&w, "a", 0);
-    w.disk.held = true;
     work(&w);
-    change_cut(&w);
-    w.disk.held = false;
-    work(&w);
-    assert_int_equal(choir_adapters_pin(w.pool, a, 1, &pinned), CHOIR_E_PRECONDITION);
-    says("cut");
+    assert_true(pin(&w, a));
+    assert_int_equal(choir_adapter_claim_digest(a), toy_digest(&spec));
+    assert_int_equal(info_of(&w, "a").version, 2);
     release(&w, a);
-    /* Evicted, and others when it is read again: its version stands for the first. */
-    add(&w, "b", 2);
-    a = claim(&w, "b", 0);
+    for (int cut = 0; cut < 2; cut++) {
+        add(&w, "b", 2);
+        a = claim(&w, "b", 0);
+        w.disk.held = true;
+        work(&w);
+        if (cut) assert_int_equal(truncate_of(&w, "b", 5000), 0);
+        spec = spec_of(4);
+        if (!cut) toy_write(&w.folder, "b", &spec);
+        w.disk.held = false;
+        work(&w);
+        choir_status status = choir_adapters_pin(w.pool, a, 1, &pinned);
+        if (cut) assert_int_equal(status, CHOIR_E_PRECONDITION);
+        if (cut) says("its tensors have 5000 bytes");
+        if (!cut) assert_true(pinned);
+        if (!cut) assert_holds(a, 2); /* what was opened is whole */
+        release(&w, a);
+    }
+    /* Evicted, and others when it is read again, though nothing but the bytes tells. */
+    add(&w, "c", 5);
+    a = claim(&w, "c", 0);
     work(&w);
     assert_true(pin(&w, a));
     release(&w, a);
@@ -619,24 +635,45 @@ static void test_changes_under_the_reader(void **state)
     work(&w);
     assert_int_equal(w.maker.n_live, 0);
     choir_adapters_set_budget(w.pool, 1024 * KB);
-    toy_spec spec = spec_of(4);
-    toy_write(&w.folder, "b", &spec);
+    uint64_t version = info_of(&w, "c").version;
+    spec = spec_of(6);
+    toy_write(&w.folder, "c", &spec);
     adapter_files files;
-    assert_int_equal(files_open(w.pool, "b", "b", true, false, &files), CHOIR_OK);
-    name_find(w.pool, "b")->current->tensors = files.tensors_mark; /* a clock too coarse to tell */
-    name_find(w.pool, "b")->current->config = files.config_mark;
+    assert_int_equal(files_open(w.pool, "c", "c", true, false, &files), CHOIR_OK);
+    name_find(w.pool, "c")->current->tensors = files.tensors_mark;
+    name_find(w.pool, "c")->current->config = files.config_mark;
     files_close(&files);
-    a = claim(&w, "b", 0);
+    a = claim(&w, "c", 0);
     work(&w);
-    assert_int_equal(choir_adapters_pin(w.pool, a, 1, &pinned), CHOIR_E_PRECONDITION);
-    says("others than when it was read first");
-    release(&w, a);
-    choir_adapter_load what = place(&w, "b");
-    assert_int_equal(choir_adapters_load(w.pool, &what, NULL), CHOIR_OK);
-    a = claim(&w, "b", 0);
     assert_true(pin(&w, a));
-    assert_holds(a, 4);
+    assert_holds(a, 6);
+    assert_true(info_of(&w, "c").version > version);
     release(&w, a);
+    choir_log_set_level(CHOIR_LOG_INFO);
+    end_world(&w);
+}
+
+/* Unloaded and loaded again, other weights, while somebody waits: he gets what the name has now. */
+static void test_waiting_through_an_unload(void **state)
+{
+    (void)state;
+    world w;
+    make_world(&w, 1024 * KB);
+    add(&w, "a", 1);
+    choir_adapter_claim *a = claim(&w, "a", 0), *b = claim(&w, "a", 0);
+    assert_int_equal(choir_adapters_unload(w.pool, "a"), CHOIR_OK);
+    work(&w);
+    assert_true(pin(&w, a)); /* it can still be had */
+    assert_holds(a, 1);
+    toy_spec spec = spec_of(2);
+    toy_write(&w.folder, "a", &spec);
+    choir_adapter_load what = place(&w, "a");
+    assert_int_equal(choir_adapters_load(w.pool, &what, NULL), CHOIR_OK);
+    assert_true(pin(&w, b));
+    assert_holds(a, 1);
+    assert_holds(b, 2);
+    release(&w, a);
+    release(&w, b);
     end_world(&w);
 }
 
@@ -958,6 +995,7 @@ int main(void)
         cmocka_unit_test(test_unreadable),
         cmocka_unit_test(test_changes),
         cmocka_unit_test(test_changes_under_the_reader),
+        cmocka_unit_test(test_waiting_through_an_unload),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_folder_within_a_folder),
         cmocka_unit_test(test_beneath),
