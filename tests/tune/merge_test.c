@@ -313,7 +313,7 @@ static expert_pair draw_experts(uint32_t rank, uint32_t seed)
     expert_pair p = {rank, malloc(n_a * sizeof *p.a), malloc(n_b * sizeof *p.b)};
     for (size_t i = 0; i < n_a + n_b; i++) {
         seed = seed * 1664525 + 1013904223;
-        (i < n_a ? p.a : p.b - n_a)[i] = (float)(seed >> 8) / (1 << 23) - 1;
+        *(i < n_a ? &p.a[i] : &p.b[i - n_a]) = (float)(seed >> 8) / (1 << 23) - 1;
     }
     return p;
 }
