@@ -26,7 +26,7 @@ typedef struct choir_verb {
 
 extern const choir_verb choir_verb_serve, choir_verb_chat, choir_verb_generate, choir_verb_logits,
     choir_verb_tokenize, choir_verb_detokenize, choir_verb_perplexity, choir_verb_info,
-    choir_verb_bench, choir_verb_pack, choir_verb_upcycle, choir_verb_merge;
+    choir_verb_bench, choir_verb_pack, choir_verb_upcycle, choir_verb_adapter, choir_verb_merge;
 
 /* The verb's manual page in roff; `choir help --man VERB`. */
 void choir_cli_print_man(const choir_verb *verb, FILE *to);

@@ -345,7 +345,6 @@ static void note_change(choir_adapter *a, const adapted *x)
     a->roles |= bit;
     if (x->series || x->residual) a->series_roles |= bit;
     if (x->in_scale != NULL) a->in_scale_roles |= bit;
-    if (x->weight.rows > 0 || x->vector != NULL || x->in_scale != NULL) a->mixes = false;
 }
 
 static void index_changes(const choir_engine *e, const choir_adapter_data *d, uint32_t *first)
@@ -366,7 +365,6 @@ static void make_virtual(maker *m, const choir_adapter_data *d)
     size_t keys = (size_t)c->n_layers * d->n_virtual * c->n_kv_heads * c->head_dim;
     a->n_virtual = d->n_virtual;
     if (d->n_virtual == 0) return;
-    a->mixes = false;
     a->prefix = d->virtual_keys != NULL;
     if (a->prefix) {
         a->virtual_keys = carve_floats(m, d->virtual_keys, keys);
@@ -377,13 +375,22 @@ static void make_virtual(maker *m, const choir_adapter_data *d)
     }
 }
 
+bool choir_adapter_data_mixes(const choir_adapter_data *data)
+{
+    bool mixes = data->n_virtual == 0;
+    for (size_t i = 0; i < data->n_changes; i++)
+        if (replaces(&data->changes[i]) || brings(&data->changes[i], CHOIR_ADAPTER_HAS_IN_SCALE))
+            mixes = false;
+    return mixes;
+}
+
 static choir_status make_all(maker *m, const choir_adapter_data *d)
 {
     choir_adapter *a = m->adapter;
     adapted *items = carve(m, d->n_changes, sizeof *items), sized;
     uint32_t *first =
         carve(m, (size_t)m->engine->config.n_layers * CHOIR_N_ROLES + 1, sizeof *first);
-    a->mixes = true;
+    a->mixes = choir_adapter_data_mixes(d);
     if (first != NULL) index_changes(m->engine, d, first);
     for (size_t i = 0; i < d->n_changes; i++) {
         adapted *item = items != NULL ? &items[i] : &sized;

@@ -196,7 +196,7 @@ choir_status choir_adapter_number(const choir_adapter_reader *reader, const char
                                   double *out) CHOIR_MUST_USE;
 /* A rank as a file says it, of 1 to CHOIR_ADAPTER_MAX_RANK. */
 choir_status choir_adapter_check_rank(const choir_adapter_reader *reader, double rank,
-                                      const char *what) CHOIR_MUST_USE;
+                                      const char *field, const char *of) CHOIR_MUST_USE;
 bool choir_adapter_ends_with(const char *name, const char *suffix);
 /* Takes `suffix` off the end of `name`; false: it does not end so. */
 bool choir_adapter_strip(char *name, const char *suffix);

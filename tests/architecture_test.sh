@@ -24,7 +24,7 @@ declare -A public=(
     [base]='base/*.h'
     [engine/kernels]='engine/kernels/kernels.h'
     [engine]='engine/engine.h engine/model_file.h engine/tokenizer.h engine/sampler.h engine/chat_template.h
-              engine/chat_variables.h'
+              engine/chat_variables.h engine/adapter_file.h engine/adapter.h'
     [router]='router/router.h'
     [experts]='experts/experts.h'
     [scheduler]='scheduler/scheduler.h'

@@ -25,8 +25,8 @@ import tiny_model
 
 CHOIR = str(pathlib.Path(sys.argv[1]).resolve())
 FAULTY_IO = pathlib.Path(CHOIR).parent / "tests/cli/libfaulty_io.so"
-VERBS = "serve chat generate logits tokenize detokenize perplexity info bench pack upcycle merge".split()
-LATER = "quantize convert prune adapter router data tune eval monitor".split()
+VERBS = "serve chat generate logits tokenize detokenize perplexity info bench pack upcycle adapter merge".split()
+LATER = "quantize convert prune router data tune eval monitor".split()
 
 
 def choir(*words, **options):

@@ -336,7 +336,7 @@ static void test_fast(void **state)
     compare_all(false, &w);
     print_message("fast: at most %.1e, %u of %u best tokens differ\n", w.fast, w.n_other, w.n_fast);
     assert_int_equal(w.n_failed, 0);
-    assert_true(w.fast <= 6e-2);
+    assert_true(w.fast <= 6e-3);
     assert_true(w.n_other * 100 <= w.n_fast);
 }
 

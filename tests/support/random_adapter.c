@@ -35,7 +35,7 @@ static const float *numbers(random_adapter *r, size_t n, double middle, double s
 static void add_low_rank(random_adapter *r, choir_adapter_change *c)
 {
     bool embedding = c->role == CHOIR_ROLE_EMBEDDING;
-    uint32_t in = embedding ? c->rows : c->series ? c->rows : c->cols;
+    uint32_t in = embedding || c->series || c->residual ? c->rows : c->cols;
     uint32_t out = embedding ? c->cols : c->rows;
     c->rank = 1 + (uint32_t)(uniform(r) * 9);
     c->scale = 0.5F + (float)uniform(r);
@@ -59,11 +59,14 @@ static bool in_attention(choir_role role)
            role == CHOIR_ROLE_ATTN_Q_B || role == CHOIR_ROLE_ATTN_KV_A;
 }
 
-/* A head's part of kv_b is no matrix that files of adapters name. */
 static bool is_matrix(choir_role role)
 {
-    return !choir_role_is_vector(role) && role != CHOIR_ROLE_ATTN_K_B &&
-           role != CHOIR_ROLE_ATTN_V_B && role != CHOIR_ROLE_SHARED_ROUTER;
+    return !choir_role_is_vector(role) && role != CHOIR_ROLE_SHARED_ROUTER;
+}
+
+static bool is_head_part(choir_role role)
+{
+    return role == CHOIR_ROLE_ATTN_K_B || role == CHOIR_ROLE_ATTN_V_B;
 }
 
 static void add_ia3(random_adapter *r, choir_adapter_change *c)
@@ -84,7 +87,9 @@ static void add_bottleneck(random_adapter *r, choir_adapter_change *c)
                                              CHOIR_ADAPTER_SILU};
     if (!in_attention(c->role) && c->role != CHOIR_ROLE_FFN_UP && c->role != CHOIR_ROLE_FFN_DOWN)
         return;
-    c->series = c->role == CHOIR_ROLE_ATTN_OUT || c->role == CHOIR_ROLE_FFN_DOWN;
+    bool last = c->role == CHOIR_ROLE_ATTN_OUT || c->role == CHOIR_ROLE_FFN_DOWN;
+    c->series = last && uniform(r) < 0.6;
+    c->residual = last && uniform(r) < 0.6;
     c->act = acts[(uint32_t)(uniform(r) * 5)];
     add_low_rank(r, c);
     add_biases(r, c);
@@ -119,7 +124,7 @@ static void fill(random_adapter *r, random_adapter_kind kind, choir_adapter_chan
                 (choir_role_is_routed(c->role) || c->role == CHOIR_ROLE_ROUTER))) {
         add_low_rank(r, c);
     } else if (kind == RANDOM_DORA && c->role != CHOIR_ROLE_EMBEDDING &&
-               !choir_role_is_routed(c->role)) {
+               !choir_role_is_routed(c->role) && !is_head_part(c->role)) {
         add_low_rank(r, c);
         c->magnitude = numbers(r, c->rows, 1, 0.3);
         c->has |= CHOIR_ADAPTER_HAS_MAGNITUDE;
