@@ -72,6 +72,7 @@ static void load_end(choir_adapters *pool, adapter_load *load, choir_status stat
     if (status == CHOIR_OK) {
         v->adapter = made->adapter;
         v->bytes = v->facts.bytes = made->bytes;
+        v->facts.sole = made->sole;
         /* Bytes that were changed without a trace: others than before, so another version. */
         if (v->digest != 0 && v->digest != made->digest) v->number = ++pool->n_numbered;
         v->digest = made->digest;

@@ -339,7 +339,6 @@ class Usage(Case):
     def test_later_verbs_say_so(self):
         for verb in LATER:
             self.fails(1, f"'{verb}' is not there yet", verb, "x", "--y")
-        self.fails(1, "--adapter is not there yet", "generate", self.dense, "-p", "x", "--adapter", "y")
 
     def test_missing_files(self):
         for words in (["info", "/nowhere"], ["tokenize", "no-such-model", "x"], ["generate", "../x", "-p", "x"]):
