@@ -186,9 +186,10 @@ static void set_kept(choir_adapters *pool, choir_adapter_version *v, bool kept)
 
 static choir_status exists(const char *name)
 {
-    return choir_fail(CHOIR_E_EXISTS,
-                      "adapter %s has other weights already, from another path: unload it, or load with replace",
-                      name);
+    return choir_fail(
+        CHOIR_E_EXISTS,
+        "adapter %s has other weights already, from another path: unload it, or load with replace",
+        name);
 }
 
 static choir_status register_found(choir_adapters *pool, const choir_adapter_load *what,
@@ -396,7 +397,8 @@ choir_status choir_adapters_find(choir_adapters *pool, const char *text, choir_a
     return status;
 }
 
-uint32_t choir_adapters_list(choir_adapters *pool, const char *after, choir_adapter_info *out, uint32_t max)
+uint32_t choir_adapters_list(choir_adapters *pool, const char *after, choir_adapter_info *out,
+                             uint32_t max)
 {
     bool found;
     pthread_mutex_lock(&pool->lock);

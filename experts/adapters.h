@@ -123,7 +123,8 @@ choir_status choir_adapters_unload(choir_adapters *pool, const char *name) CHOIR
 choir_status choir_adapters_find(choir_adapters *pool, const char *name, choir_adapter_info *out)
     CHOIR_MUST_USE;
 /* By name, ascending, those behind the name `after` ("": all); at most `max`. Returns how many there are. */
-uint32_t choir_adapters_list(choir_adapters *pool, const char *after, choir_adapter_info *out, uint32_t max);
+uint32_t choir_adapters_list(choir_adapters *pool, const char *after, choir_adapter_info *out,
+                             uint32_t max);
 
 /* -- use: claim, then pin until it is pinned, then release -- */
 

@@ -16,7 +16,7 @@
 #include <cmocka.h>
 
 enum {
-    N_SCHEDULES = 1500,
+    N_SCHEDULES = 4000,
     N_CALLS = 80,
     N_NAMES = 5,
     N_USERS = 6,

@@ -72,7 +72,7 @@ typedef struct client {
 } client;
 
 typedef struct swaps {
-    uint32_t seeds[N_NAMES][1 << 14]; /* seeds[name][i]: after its i-th swap */
+    uint32_t seeds[N_NAMES][1 << 14];     /* seeds[name][i]: after its i-th swap */
     uint32_t n[N_NAMES], doubts[N_NAMES]; /* 1: it is this one, or the one before */
     bool there[N_NAMES];
 } swaps;
