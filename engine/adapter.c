@@ -256,22 +256,20 @@ static choir_status pack_pair(maker *m, const choir_adapter_change *c, adapted *
     bool embedding = c->role == CHOIR_ROLE_EMBEDDING;
     uint32_t outputs = embedding ? c->cols : c->rows;
     void *b = carve(m, 1, choir_factor_bytes(m->type, c->rank, outputs));
-    if (embedding) {
-        float *columns = carve(m, (size_t)c->rows * c->rank, sizeof *columns);
-        for (size_t i = 0; columns != NULL && i < (size_t)c->rows * c->rank; i++)
-            columns[i] = c->a[i % c->rank * c->rows + i / c->rank];
-        out->a_columns = columns;
-    } else {
-        void *a = carve(m, 1, choir_factor_bytes(m->type, c->rank, in));
-        if (a != NULL) out->a = choir_factor_pack(m->type, c->rank, in, c->a, in, 1, a);
-    }
+    void *a = embedding ? NULL : carve(m, 1, choir_factor_bytes(m->type, c->rank, in));
+    float *columns = embedding ? carve(m, (size_t)c->rows * c->rank, sizeof *columns) : NULL;
     if (m->base == NULL) return CHOIR_OK;
-    float *folded = choir_alloc(CHOIR_MEM_SCRATCH, (size_t)outputs * c->rank * sizeof *folded);
-    if (folded == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for an adapter's factor");
-    for (size_t i = 0; i < (size_t)outputs * c->rank; i++)
-        folded[i] = c->b[i] * c->scale * (out->scale != NULL ? out->scale[i / c->rank] : 1);
-    out->b = choir_factor_pack(m->type, c->rank, outputs, folded, 1, c->rank, b);
-    choir_free(folded);
+    out->a_columns = columns;
+    for (size_t i = 0; embedding && i < c->rows; i++)
+        for (size_t k = 0; k < c->rank; k++) columns[i * c->rank + k] = c->a[k * c->rows + i];
+    float *scratch =
+        choir_alloc(CHOIR_MEM_SCRATCH, (size_t)(in > outputs ? in : outputs) * sizeof *scratch);
+    if (scratch == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for an adapter's factor");
+    const choir_factor_source of_a = {c->a, c->rank, in, in, 1, 1, NULL};
+    const choir_factor_source of_b = {c->b, c->rank, outputs, 1, c->rank, c->scale, out->scale};
+    if (!embedding) out->a = choir_factor_pack(m->type, &of_a, scratch, a);
+    out->b = choir_factor_pack(m->type, &of_b, scratch, b);
+    choir_free(scratch);
     return CHOIR_OK;
 }
 

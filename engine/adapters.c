@@ -24,6 +24,9 @@ static choir_status facts_of(const choir_engine *e, const choir_adapter_file *fi
                                  .n_virtual = data->n_virtual,
                                  .n_invocation = data->n_invocation};
     if (out->bytes == 0) return choir_fail_in(CHOIR_E_UNIMPLEMENTED, "adapter %s", file->name);
+    /* Headers do not tell keys and values from embeddings. */
+    out->bytes += (uint64_t)data->n_virtual * e->config.n_layers * 2 * e->config.n_kv_heads *
+                  e->config.head_dim * sizeof(float);
     /* While it is made, its numbers are there as f32 as well. */
     out->load_bytes = data->n_parameters * sizeof(float);
     memcpy(out->kind, data->kind, sizeof out->kind);

@@ -181,6 +181,7 @@ static void set_kept(choir_adapters *pool, choir_adapter_version *v, bool kept)
 {
     v->kept = kept;
     version_recount(pool, v);
+    pool_shrink(pool);
     pool_nudge(pool);
 }
 

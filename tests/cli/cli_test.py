@@ -296,8 +296,7 @@ class Syncs(Faults):
         self.assertEqual(self.each(command, out, self.all(out), {}), 15)  # seven files, with the folder; its name
 
     def test_merge(self):
-        adapter = self.folder / "adapter"
-        shutil.rmtree(adapter, ignore_errors=True)
+        adapter = self.folder / "to-merge"
         tiny_model.write_adapter(adapter, scale=0.1)
         out = self.folder / "merges" / "m"
         self.empty(out)

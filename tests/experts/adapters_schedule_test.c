@@ -162,10 +162,8 @@ static void check_pool(const schedule *s)
         held += v->bytes;
         if (v->n_pins == 0 && v->sums.kept == 0) movable += v->bytes;
     }
-    for (const choir_adapter_version *v = p->ended; v != NULL; v = v->next_ended)
-        held += v->adapter != NULL ? v->bytes : 0;
     HOLDS(s, held == p->held_bytes);
-    HOLDS(s, held <= p->options.budget_bytes || movable == 0 || p->ended != NULL); /* 3 */
+    HOLDS(s, held <= p->options.budget_bytes || movable == 0); /* 3 */
     HOLDS(s, memcmp(n_states, p->n_in_state, sizeof n_states) == 0);
     HOLDS(s, n_states[VERSION_LOADING] == n_loads && p->n_candidates == 0);
     HOLDS(s, n_pins == p->stats.n_pins && n_claims == p->stats.n_claims);
@@ -264,7 +262,7 @@ static choir_adapter_load place(schedule *s, uint32_t name)
     return (choir_adapter_load){.name = s->names[name].text,
                                 .path = s->names[name].text,
                                 .beneath = true,
-                                .keep = chance(s, 6) == 0};
+                                .keep = chance(s, 25) == 0};
 }
 
 static bool is_weather(choir_status status)
@@ -385,7 +383,7 @@ static void do_one(schedule *s)
         do_unload(s, name);
     } else if (kind < 20) {
         s->what = "set_budget";
-        choir_adapters_set_budget(s->pool, SMALL * (uint64_t)(8 + chance(s, 30)));
+        choir_adapters_set_budget(s->pool, SMALL * (uint64_t)(9 + chance(s, 12)));
     } else if (kind < 22 && u->pinned) {
         s->what = "note_poison";
         choir_adapters_note_poison(s->pool, &u->claims[0]);
@@ -432,11 +430,12 @@ static void run(uint64_t seed, toy_folder *folder)
     toy_disk_create(&s.disk, seed);
     s.disk.eio_permille = seed % 3 == 0 ? 200 : 0;
     s.disk.late_permille = seed % 2 == 0 ? 600 : 0;
-    choir_adapters_options o = toy_options(&s.maker, &s.disk, SMALL * (8 + seed % 30));
+    choir_adapters_options o = toy_options(&s.maker, &s.disk, SMALL * (9 + seed % 12));
     o.most_bytes = SMALL * 60;
     o.folder = folder->path;
     o.max_poisoned = 1;
     assert_int_equal(choir_adapters_create(&o, &s.pool), CHOIR_OK);
+    for (uint32_t i = 0; i < N_NAMES; i++) do_register(&s, i, false);
     for (s.call = 0; s.call < N_CALLS; s.call++) {
         do_one(&s);
         check_pool(&s);
@@ -459,9 +458,18 @@ static void test_schedules(void **state)
     for (uint64_t seed = first_seed; seed < first_seed + n_seeds; seed++) run(seed, &folder);
     toy_folder_destroy(&folder);
     choir_clock_replace(NULL, NULL);
+    print_message(
+        "%llu pins, %llu waits, %llu evictions (%llu claimed), %llu failures, %llu refusals, "
+        "%llu blocked, %llu replaced, %llu found, %llu quarantined, %llu kept\n",
+        (unsigned long long)seen.pins, (unsigned long long)seen.waits,
+        (unsigned long long)seen.evictions, (unsigned long long)seen.claimed_evictions,
+        (unsigned long long)seen.failures, (unsigned long long)seen.refusals,
+        (unsigned long long)seen.blocked, (unsigned long long)seen.replaced,
+        (unsigned long long)seen.found, (unsigned long long)seen.quarantined,
+        (unsigned long long)seen.kept);
     if (n_seeds < N_SCHEDULES) return;
     assert_true(seen.pins > 1000 && seen.waits > 1000 && seen.blocked > 1000);
-    assert_true(seen.evictions > 1000 && seen.claimed_evictions > 50 && seen.failures > 100);
+    assert_true(seen.evictions > 500 && seen.claimed_evictions > 50 && seen.failures > 100);
     assert_true(seen.refusals > 100 && seen.replaced > 1000 && seen.found > 100);
     assert_true(seen.quarantined > 50 && seen.kept > 100);
 }
