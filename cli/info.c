@@ -1,17 +1,21 @@
-/* What a model is, without loading it; or what a server serves. */
+/* What a model or an adapter is, without loading it; or what a server serves. */
 #include "cli/answer.h"
 
+#include <ctype.h>
 #include <stdio.h>
 #include <string.h>
 
 typedef struct values {
     choir_cli_server_values server;
+    const char *base;
     uint64_t wait;
     bool json;
 } values;
 static const values defaults = {.json = false};
 static const choir_option options[] = {
     {"json", 0, CHOIR_OPTION_FLAG, offsetof(values, json), NULL, "one JSON object", 0, 0},
+    {"base", 0, CHOIR_OPTION_TEXT, offsetof(values, base), "MODEL",
+     "what is named is an adapter of this model, a PEFT folder or a GGUF LoRA file", 0, 0},
     {"wait", 0, CHOIR_OPTION_COUNT, offsetof(values, wait), "S",
      "with --server: wait up to S seconds until it is SERVING", 0, 86400},
     CHOIR_CLI_SERVER_OPTIONS(values, server),
@@ -197,6 +201,65 @@ static choir_status run_served(const values *v)
     return status;
 }
 
+/* --- an adapter */
+
+/* The kinds of matrices that it changes: "attn_q, attn_v". */
+static void list_targets(const choir_adapter_data *d, char *out, size_t bytes)
+{
+    uint64_t seen = 0;
+    size_t n = 0;
+    out[0] = '\0';
+    for (size_t i = 0; i < d->n_changes; i++) {
+        uint64_t bit = UINT64_C(1) << d->changes[i].role;
+        if ((seen & bit) != 0) continue;
+        seen |= bit;
+        n += (size_t)snprintf(out + n, bytes - n, "%s%s", n > 0 ? ", " : "",
+                              choir_role_text(d->changes[i].role));
+    }
+    for (size_t i = 0; i < n; i++) out[i] = (char)tolower((unsigned char)out[i]);
+}
+
+static void print_adapter(const values *v, const choir_adapter_data *d)
+{
+    enum { TARGETS_BYTES = 64 * 32 }; /* more than all roles' names together */
+    char targets[TARGETS_BYTES], digest[17];
+    list_targets(d, targets, sizeof targets);
+    snprintf(digest, sizeof digest, "%016llx", (unsigned long long)d->digest);
+    if (v->json) {
+        choir_cli_print_json(
+            json_pack("{s:s, s:I, s:s, s:I, s:I, s:I, s:I, s:s}", "kind", d->kind, "rank",
+                      (json_int_t)d->max_rank, "targets", targets, "changes",
+                      (json_int_t)d->n_changes, "parameters", (json_int_t)d->n_parameters,
+                      "virtual_tokens", (json_int_t)d->n_virtual, "invocation_tokens",
+                      (json_int_t)d->n_invocation, "digest", digest),
+            true);
+        return;
+    }
+    printf("%s of rank %u, %.2f M parameters\n", d->kind, d->max_rank,
+           (double)d->n_parameters / 1e6);
+    printf("  changes     %zu matrices: %s\n", d->n_changes, d->n_changes > 0 ? targets : "none");
+    if (d->n_virtual > 0) printf("  virtual     %u tokens before the prompt\n", d->n_virtual);
+    if (d->n_invocation > 0)
+        printf("  activated   by %u tokens, from their last occurrence on\n", d->n_invocation);
+    printf("  digest      %s\n", digest);
+}
+
+static choir_status run_adapter(const values *v, const char *adapter)
+{
+    char path[4096];
+    choir_model_file *file;
+    choir_adapter_data *data = NULL;
+    CHOIR_TRY(choir_cli_find_model(v->base, path, sizeof path));
+    CHOIR_TRY(choir_model_file_open(path, &file));
+    choir_status status = choir_adapter_data_open(choir_model_file_config(file), adapter, &data);
+    if (status == CHOIR_OK) {
+        print_adapter(v, data);
+        choir_adapter_data_free(data);
+    }
+    choir_model_file_close(file);
+    return status;
+}
+
 static choir_status run(void *verb_values, choir_arguments *arguments)
 {
     const values *v = verb_values;
@@ -206,6 +269,7 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     uint64_t dense = 0, experts = 0;
     choir_status status;
     if (v->server.target != NULL) return run_served(v);
+    if (v->base != NULL) return run_adapter(v, arguments->positional[0]);
     CHOIR_TRY_TO(done, status, choir_cli_find_model(arguments->positional[0], path, sizeof path));
     CHOIR_TRY_TO(done, status, choir_model_file_open(path, &f));
     CHOIR_TRY_TO(done, status, choir_tokenizer_open(f, &t));
@@ -222,12 +286,14 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     const values *v = verb_values;
     if ((v->server.target != NULL) == (arguments->n_positional == 1))
         return choir_fail(CHOIR_E_INVALID, "give either MODEL or --server HOST:PORT");
+    if (v->base != NULL && v->server.target != NULL)
+        return choir_fail(CHOIR_E_INVALID, "--base goes with an adapter's folder or file");
     return CHOIR_OK;
 }
 
 const choir_verb choir_verb_info = {
     .name = "info",
-    .arguments = "MODEL|--server HOST:PORT [--json]",
+    .arguments = "MODEL|ADAPTER --base MODEL|--server HOST:PORT [--json]",
     .summary = "family, shapes, quantisation, experts, sizes, tokenizer, template, licence",
     .example = "choir info SmolLM2-135M-Instruct.Q4_1",
     .options = options,

@@ -156,6 +156,7 @@ static choir_status make_current(choir_adapters *pool, const choir_adapter_load 
     name->current = v;
     v->of = name;
     v->kept = what->keep;
+    if (v->state == VERSION_RESIDENT) name->n_loads++; /* read before it had the name */
     version_recount(pool, v);
     if (before != NULL) version_retire(pool, before, v);
     version_adopt(pool, v);

@@ -29,7 +29,9 @@ static choir_status find_pool(const choir_server *server, const char *name,
     CHOIR_TRY(choir_server_find_model(server, name, model));
     *pool = choir_scheduler_adapters((*model)->scheduler);
     if (*pool != NULL) return CHOIR_OK;
-    return choir_fail(CHOIR_E_PRECONDITION, "model %s takes no adapters", (*model)->name);
+    return choir_fail(CHOIR_E_PRECONDITION,
+                      "model %s takes no adapters: its server was started without --adapters",
+                      (*model)->name);
 }
 
 static Choir__V1__AdapterState state_of(const char *text)

@@ -237,6 +237,15 @@ class Local(Adapters):
         self.assertEqual(self.ok("chat", self.dense, *talk, *mix, input="hello\n"),
                          self.ok("chat", whole, *talk, "--exact", input="hello\n"))
 
+    def test_info(self):
+        about = json.loads(self.ok("info", self.two, "--base", self.dense, "--json"))
+        self.assertEqual((about["kind"], about["rank"], about["changes"]), ("LoRA", 3, 6))
+        self.assertEqual(about["targets"], "ffn_gate, ffn_up, ffn_down")
+        self.assertEqual(about["parameters"], 2 * 3 * 3 * (tiny_model.HIDDEN + tiny_model.FFN))
+        self.assertRegex(self.ok("info", self.two, "--base", self.dense), "LoRA of rank 3")
+        self.fails(1, "gate_proj", "info", self.bad("wrong-shape"), "--base", self.dense)
+        self.fails(2, "--base goes with", "info", "--base", self.dense, "--server", "127.0.0.1:1")
+
     def test_bench(self):
         words = ["bench", self.dense, "--prompt", 16, "--generate", 4, "--batch", "1,3", "--json"]
         runs = json.loads(self.ok(*words, "--adapter", self.one, "--adapter", self.two))["runs"]

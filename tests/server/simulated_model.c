@@ -75,6 +75,7 @@ static choir_status step(void *engine, choir_span *spans, uint32_t n_spans)
         choir_span *span = &spans[i];
         uint32_t key = span->pages[0] % MAX_PAGES;
         span->status = CHOIR_OK;
+        span->missing_layer = span->missing_expert = -1;
         if (span->position == 0) {
             uint32_t t = span->tokens[0];
             bool steers = t >= first_mode_token && t < first_mode_token + N_MODES - 1;

@@ -258,6 +258,7 @@ def test_a_cold_adapter_holds_up_its_own_requests_alone(home, launch, stub, help
     write(home / "slow", 7, make_ms=1500)
     choir = stub(launch("--adapters", str(home)))
     ask = Asker(choir, help)
+    assert ask.shift(adapter="one") == 1
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         cold = pool.submit(ask.shift, adapter="slow")
         cold_load = pool.submit(load, choir, pb, "slower", path="slow")
