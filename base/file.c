@@ -153,6 +153,19 @@ choir_status choir_save_write(choir_save *save, const void *data, size_t bytes)
     return CHOIR_OK;
 }
 
+choir_status choir_save_write_at(const choir_save *save, uint64_t offset, const void *data,
+                                 size_t bytes)
+{
+    for (size_t done = 0; done < bytes;) {
+        ssize_t n = pwrite(save->fd, (const char *)data + done, bytes - done,
+                           (off_t)(offset + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return choir_fail(CHOIR_E_IO, "cannot write %s: %m", save->path);
+        done += (size_t)n;
+    }
+    return CHOIR_OK;
+}
+
 choir_status choir_folder_sync(const char *path)
 {
     char copy[4096];

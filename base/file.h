@@ -36,6 +36,9 @@ typedef struct choir_save {
 } choir_save;
 choir_status choir_save_begin(const char *path, choir_save *save) CHOIR_MUST_USE;
 choir_status choir_save_write(choir_save *save, const void *data, size_t bytes) CHOIR_MUST_USE;
+/* The same at a place of its own, beside others that write elsewhere; it does not move the first. */
+choir_status choir_save_write_at(const choir_save *save, uint64_t offset, const void *data,
+                                 size_t bytes) CHOIR_MUST_USE;
 choir_status choir_save_commit(choir_save *save) CHOIR_MUST_USE;
 void choir_save_abandon(choir_save *save);
 /* After a rename: the folder that `path` lies in is on the disk. */

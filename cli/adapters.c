@@ -33,32 +33,42 @@ choir_status choir_cli_adapter_split(const char *text, char *path, size_t bytes,
     return CHOIR_OK;
 }
 
+choir_status choir_cli_adapter_type_check(const char *text)
+{
+    choir_adapter_type type;
+    if (choir_adapter_type_parse(text, &type)) return CHOIR_OK;
+    return choir_fail(CHOIR_E_INVALID,
+                      "--adapter-dtype is '%.20s', must be auto, f32, f16, bf16 or int8", text);
+}
+
 choir_status choir_cli_adapters_check(const choir_cli_adapter_values *v)
 {
-    char path[PATH_BYTES];
-    choir_adapter_type type;
+    char paths[2][PATH_BYTES];
     float weight;
     if (v->adapter.n > CHOIR_MAX_MIX)
         return choir_fail(CHOIR_E_INVALID, "--adapter is given %u times, a mix has at most %d",
                           v->adapter.n, CHOIR_MAX_MIX);
-    for (uint32_t i = 0; i < v->adapter.n; i++)
-        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], path, sizeof path, &weight));
-    if (!choir_adapter_type_parse(v->type, &type))
-        return choir_fail(CHOIR_E_INVALID,
-                          "--adapter-dtype is '%.20s', must be auto, f32, bf16 or int8", v->type);
-    return CHOIR_OK;
+    for (uint32_t i = 0; i < v->adapter.n; i++) {
+        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], paths[0], PATH_BYTES, &weight));
+        for (uint32_t k = 0; k < i; k++) {
+            CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[k], paths[1], PATH_BYTES, &weight));
+            if (strcmp(paths[0], paths[1]) == 0)
+                return choir_fail(CHOIR_E_INVALID, "--adapter %.200s is given twice", paths[0]);
+        }
+    }
+    return choir_cli_adapter_type_check(v->type);
 }
 
 /* What belongs to a sequence as a whole cannot be one of several. */
 static choir_status check_mix(const choir_cli_adapter_values *v, const choir_cli_adapters *a)
 {
     for (uint32_t i = 0; i < a->n; i++) {
-        const choir_adapter_data *d = a->data[i];
-        if (a->n > 1 && (d->n_virtual > 0 || d->n_invocation > 0))
-            return choir_fail(CHOIR_E_INVALID, "--adapter %.200s: %s cannot be part of a mix",
-                              v->adapter.item[i], d->n_virtual > 0 ? d->kind : "activated LoRA");
+        if (a->n > 1 && a->data[i]->n_invocation > 0)
+            return choir_fail(CHOIR_E_INVALID,
+                              "--adapter %.200s: an activated LoRA cannot be part of a mix",
+                              v->adapter.item[i]);
         for (uint32_t k = 0; k < i; k++)
-            if (a->data[k]->digest == d->digest)
+            if (a->data[k]->digest == a->data[i]->digest)
                 return choir_fail(CHOIR_E_INVALID, "--adapter %.200s: it is in the mix already",
                                   v->adapter.item[i]);
     }
@@ -72,6 +82,7 @@ static choir_status read_all(const choir_cli_adapter_values *v, const choir_mode
     for (uint32_t i = 0; i < v->adapter.n; i++) {
         CHOIR_TRY(
             choir_cli_adapter_split(v->adapter.item[i], path, sizeof path, &out->uses[i].weight));
+        out->paths[i] = v->adapter.item[i];
         CHOIR_TRY(choir_adapter_data_open(base, path, &out->data[i]));
         out->n = i + 1;
     }
@@ -100,6 +111,12 @@ choir_status choir_cli_adapters_make(choir_cli_adapters *a, const choir_engine *
 {
     for (uint32_t i = 0; i < a->n; i++) {
         CHOIR_TRY(choir_adapter_make(engine, a->data[i], a->type, &a->made[i]));
+        if ((a->n > 1 || a->uses[i].weight != 1) && !choir_adapter_mixes(a->made[i]))
+            return choir_fail(CHOIR_E_INVALID,
+                              "--adapter %s: it replaces parts of the model (%s), so that it can "
+                              "only be the sole one, "
+                              "without a weight",
+                              a->paths[i], a->data[i]->kind);
         a->uses[i].adapter = a->made[i];
     }
     return CHOIR_OK;

@@ -20,7 +20,7 @@ typedef struct choir_cli_adapter_values {
 // clang-format off
 #define CHOIR_CLI_ADAPTER_TYPE_OPTION(type_, member)                                                             \
     {"adapter-dtype", 0, CHOIR_OPTION_TEXT, offsetof(type_, member), "TYPE",                                     \
-     "auto, f32, bf16 or int8: how adapters lie in memory; auto: bf16, with --exact f32", 0, 0}
+     "f32, f16, bf16 or int8: how adapters lie in memory; auto: f16, with --exact f32", 0, 0}
 #define CHOIR_CLI_ADAPTER_OPTIONS(type_, member)                                                                 \
     {"adapter", 0, CHOIR_OPTION_LIST, offsetof(type_, member.adapter), "DIR[=WEIGHT]",                           \
      "a PEFT folder or a GGUF LoRA file; again for a mix of up to 8 (weights -8 to 8; left out: 1)", 0, 0},      \
@@ -31,6 +31,7 @@ typedef struct choir_cli_adapters {
     uint32_t n;
     uint32_t n_virtual; /* tokens before the prompt, at positions 0 … n_virtual - 1 */
     choir_adapter_type type;
+    const char *paths[CHOIR_MAX_MIX]; /* as they were given */
     choir_adapter_data *data[CHOIR_MAX_MIX];
     choir_adapter *made[CHOIR_MAX_MIX];
     choir_adapter_use uses[CHOIR_MAX_MIX];
@@ -40,6 +41,7 @@ typedef struct choir_cli_adapters {
  * it is a number; so a path that ends like one is followed by "=1". */
 choir_status choir_cli_adapter_split(const char *text, char *path, size_t bytes,
                                      float *weight) CHOIR_MUST_USE;
+choir_status choir_cli_adapter_type_check(const char *text) CHOIR_MUST_USE;
 choir_status choir_cli_adapters_check(const choir_cli_adapter_values *values) CHOIR_MUST_USE;
 /* Reads all of them for MODEL's shapes. close() also after a failure. */
 choir_status choir_cli_adapters_read(const choir_cli_adapter_values *values, const char *model,

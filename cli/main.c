@@ -8,13 +8,14 @@
 static const choir_verb *const verbs[] = {
     &choir_verb_serve,    &choir_verb_chat,       &choir_verb_generate,   &choir_verb_logits,
     &choir_verb_tokenize, &choir_verb_detokenize, &choir_verb_perplexity, &choir_verb_info,
-    &choir_verb_bench,    &choir_verb_pack,       &choir_verb_upcycle,
+    &choir_verb_bench,    &choir_verb_pack,       &choir_verb_upcycle,    &choir_verb_adapter,
+    &choir_verb_merge,
 };
 enum { N_VERBS = sizeof verbs / sizeof *verbs };
 
 /* Verbs of the contract that are not there yet. */
-static const char *const later[] = {"quantize", "convert", "merge", "prune", "adapter",
-                                    "router",   "data",    "tune",  "eval",  "monitor"};
+static const char *const later[] = {"quantize", "convert", "prune", "router",
+                                    "data",     "tune",    "eval",  "monitor"};
 enum { N_LATER = sizeof later / sizeof *later };
 
 static void print_usage(FILE *to)

@@ -66,7 +66,7 @@ static choir_status read_rank(const choir_adapter_reader *r, const choir_adapter
                               uint32_t *out)
 {
     double rank = down->n_dims == 2 ? (double)down->dims[0] : 0;
-    CHOIR_TRY(choir_adapter_check_rank(r, rank, down->name));
+    CHOIR_TRY(choir_adapter_check_rank(r, rank, "the width", down->name));
     *out = (uint32_t)rank;
     return CHOIR_OK;
 }
@@ -139,45 +139,59 @@ typedef struct hub {
     choir_adapter_act act;
     float scale;
     bool learned, by_channel;
-    bool parallel,
-        sums; /* it takes the residual stream r; r + h, with h of the block; else h alone */
+    bool parallel, sums; /* it takes the residual stream; the stream and the block's output */
 } hub;
 
-/* What an option must be for the adapter to lie behind the block's last matrix: with another value
- * it has norms of its own, or gates. */
+static bool option(const hub *h, const char *name, bool otherwise)
+{
+    const json_t *value = json_object_get(h->config, name);
+    return value == NULL ? otherwise : !choir_adapter_is_off(value);
+}
+
+/* Options that give an adapter norms, gates or matrices of its own. */
 static choir_status check_options(const hub *h)
 {
-    static const struct {
-        const char *name;
-        bool value,
-            otherwise; /* otherwise: what AdapterHub takes where the option is not written */
-    } options[] = {{"original_ln_after", true, true}, {"ln_before", false, false},
-                   {"ln_after", false, false},        {"use_gating", false, false},
-                   {"phm_layer", false, false},       {"inv_adapter", false, false},
-                   {"cross_adapter", false, false}};
+    static const char *const must_be_off[] = {"ln_before", "ln_after",    "use_gating",
+                                              "phm_layer", "inv_adapter", "cross_adapter"};
     const choir_adapter_reader *r = h->reader;
-    for (size_t i = 0; i < sizeof options / sizeof *options; i++) {
-        const json_t *value = json_object_get(h->config, options[i].name);
-        bool is = value == NULL ? options[i].otherwise : !choir_adapter_is_off(value);
-        if (is != options[i].value)
+    for (size_t i = 0; i < sizeof must_be_off / sizeof *must_be_off; i++)
+        if (option(h, must_be_off[i], false))
             return choir_fail(
                 CHOIR_E_UNIMPLEMENTED,
-                "%s: %s of AdapterHub's adapter_config.json is %s; Choir has adapters with %s",
-                r->name, options[i].name, is ? "true" : "false",
-                options[i].value ? "true" : "false");
-    }
+                "%s: %s of AdapterHub's adapter_config.json is set, which Choir does not have",
+                r->name, must_be_off[i]);
     const json_t *architecture = json_object_get(h->config, "architecture");
-    if (!choir_adapter_is_off(architecture))
-        return choir_fail(
-            CHOIR_E_UNIMPLEMENTED,
-            "%s: architecture of AdapterHub's adapter_config.json is \"%.40s\"; Choir reads "
-            "bottleneck adapters of AdapterHub, other kinds from PEFT",
-            r->name, json_is_string(architecture) ? json_string_value(architecture) : "?");
+    if (choir_adapter_is_off(architecture)) return CHOIR_OK;
+    return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                      "%s: architecture of AdapterHub's adapter_config.json is \"%.40s\"; Choir "
+                      "reads bottleneck adapters of AdapterHub, other kinds from PEFT",
+                      r->name,
+                      json_is_string(architecture) ? json_string_value(architecture) : "?");
+}
+
+/* With r the residual stream and h what the block gives it, a model without norms behind its blocks
+ * ends as r + h + up, whatever the options, unless they drop or double r: original_ln_before lets
+ * the adapter see r + h, and without residual_before_ln r + h goes around it, so that
+ * original_ln_after must not add r again. */
+static choir_status check_residual(hub *h)
+{
+    const choir_adapter_reader *r = h->reader;
+    bool after = option(h, "original_ln_after", true), parallel = option(h, "is_parallel", false);
+    bool sums = !parallel && option(h, "original_ln_before", false);
+    bool around = option(h, "residual_before_ln", true);
+    h->parallel = parallel;
+    h->sums = sums;
     if (is_text(json_object_get(h->config, "residual_before_ln"), "post_add"))
         return choir_fail(
             CHOIR_E_UNIMPLEMENTED,
             "%s: residual_before_ln of AdapterHub's adapter_config.json is \"post_add\"", r->name);
-    return CHOIR_OK;
+    bool adds = sums && !around ? !after : after;
+    if (adds) return CHOIR_OK;
+    return choir_fail(CHOIR_E_UNIMPLEMENTED,
+                      "%s: original_ln_after of AdapterHub's adapter_config.json is %s, so that "
+                      "the residual stream is %s",
+                      r->name, after ? "true beside residual_before_ln false" : "false",
+                      after ? "added twice" : "left out");
 }
 
 /* "model.layers.3.output_adapters.adapters.NAME.adapter_down.0.weight": the matrix that it lies
@@ -252,8 +266,7 @@ choir_status choir_adapter_read_hub(choir_adapter_reader *r)
     const json_t *scaling = json_object_get(h.config, "scaling");
     snprintf(r->data->kind, sizeof r->data->kind, "bottleneck");
     CHOIR_TRY(check_options(&h));
-    h.parallel = !choir_adapter_is_off(json_object_get(h.config, "is_parallel"));
-    h.sums = !choir_adapter_is_off(json_object_get(h.config, "original_ln_before"));
+    CHOIR_TRY(check_residual(&h));
     const char *name = json_is_string(act) ? json_string_value(act) : "";
     char lower[40];
     size_t n = 0;

@@ -309,7 +309,7 @@ static choir_status read_folder(choir_adapter_reader *r, const choir_adapter_sou
         goto done;
     }
     CHOIR_TRY_TO(done, status,
-                 r->headers_only
+                 r->headers_only && r->pairs == NULL
                      ? choir_safetensors_parse_header(s->name, s->tensors, s->tensor_bytes,
                                                       file_bytes, &file)
                      : choir_safetensors_parse(s->name, s->tensors, s->tensor_bytes, &file));
@@ -380,9 +380,11 @@ done:
 }
 
 static choir_status parse(const choir_model_config *base, const choir_adapter_source *s,
-                          bool headers_only, uint64_t file_bytes, choir_adapter_data **out)
+                          bool headers_only, uint64_t file_bytes, choir_adapter_pairs *pairs,
+                          choir_adapter_data **out)
 {
-    choir_adapter_reader r = {.base = base, .name = s->name, .headers_only = headers_only};
+    choir_adapter_reader r = {
+        .base = base, .name = s->name, .headers_only = headers_only, .pairs = pairs};
     r.data = choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *r.data);
     if (r.data == NULL) return no_memory(&r);
     choir_status status = choir_arena_create(CHOIR_MEM_OTHER, ARENA_BYTES, &r.arena);
@@ -404,13 +406,19 @@ static choir_status parse(const choir_model_config *base, const choir_adapter_so
 choir_status choir_adapter_data_parse(const choir_model_config *base, const choir_adapter_source *s,
                                       choir_adapter_data **out)
 {
-    return parse(base, s, false, s->tensor_bytes, out);
+    return parse(base, s, false, s->tensor_bytes, NULL, out);
 }
 
 choir_status choir_adapter_data_check(const choir_model_config *base, const choir_adapter_source *s,
                                       uint64_t file_bytes, choir_adapter_data **out)
 {
-    return parse(base, s, true, file_bytes, out);
+    return parse(base, s, true, file_bytes, NULL, out);
+}
+
+choir_status choir_adapter_list_pairs(const choir_model_config *base, const choir_adapter_source *s,
+                                      choir_adapter_pairs *pairs, choir_adapter_data **out)
+{
+    return parse(base, s, true, s->tensor_bytes, pairs, out);
 }
 
 void choir_adapter_data_free(choir_adapter_data *data)
@@ -438,12 +446,13 @@ static choir_status refuse_pickles(const char *folder)
     return CHOIR_OK;
 }
 
-static choir_status open_folder(const choir_model_config *base, const char *folder,
-                                choir_adapter_data **out)
+choir_status choir_adapter_open_files(const char *folder, choir_adapter_source *source,
+                                      char **config, choir_map *map)
 {
-    char config_path[MAX_PATH_BYTES], path[MAX_PATH_BYTES], *config = NULL;
-    choir_adapter_source source = {.name = folder};
-    choir_map map;
+    char config_path[MAX_PATH_BYTES], path[MAX_PATH_BYTES];
+    if (strlen(folder) > MAX_PATH_BYTES - 64)
+        return choir_fail(CHOIR_E_INVALID, "a path of %zu bytes, the limit is %d", strlen(folder),
+                          MAX_PATH_BYTES - 64);
     snprintf(path, sizeof path, "%s/adapter_model.safetensors", folder);
     if (!choir_file_exists(path)) {
         CHOIR_TRY(refuse_pickles(folder));
@@ -452,15 +461,28 @@ static choir_status open_folder(const choir_model_config *base, const char *fold
     if (!choir_file_exists(path))
         snprintf(path, sizeof path, "%s/adapter_model.safetensors", folder);
     snprintf(config_path, sizeof config_path, "%s/adapter_config.json", folder);
-    CHOIR_TRY(choir_file_read(config_path, MAX_CONFIG_BYTES, &config, &source.config_bytes));
-    choir_status status = choir_map_open(path, &map);
-    if (status == CHOIR_OK) {
-        source.config = config;
-        source.tensors = map.data;
-        source.tensor_bytes = map.bytes;
-        status = choir_adapter_data_parse(base, &source, out);
-        choir_map_close(&map);
+    *source = (choir_adapter_source){.name = folder};
+    CHOIR_TRY(choir_file_read(config_path, MAX_CONFIG_BYTES, config, &source->config_bytes));
+    choir_status status = choir_map_open(path, map);
+    if (status != CHOIR_OK) {
+        choir_free(*config);
+        return status;
     }
+    source->config = *config;
+    source->tensors = map->data;
+    source->tensor_bytes = map->bytes;
+    return CHOIR_OK;
+}
+
+static choir_status open_folder(const choir_model_config *base, const char *folder,
+                                choir_adapter_data **out)
+{
+    choir_adapter_source source;
+    char *config;
+    choir_map map;
+    CHOIR_TRY(choir_adapter_open_files(folder, &source, &config, &map));
+    choir_status status = choir_adapter_data_parse(base, &source, out);
+    choir_map_close(&map);
     choir_free(config);
     return status;
 }

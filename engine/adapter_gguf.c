@@ -83,7 +83,7 @@ static choir_status read_pair(choir_adapter_reader *r, choir_adapter_tensor *a, 
         return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no lora_b beside it", r->name,
                           a->name);
     double rank = p.b->n_dims > 0 ? (double)p.b->dims[p.b->n_dims - 1] : 0;
-    CHOIR_TRY(choir_adapter_check_rank(r, rank, a->name));
+    CHOIR_TRY(choir_adapter_check_rank(r, rank, "the rank", a->name));
     p.rank = (uint32_t)rank;
     p.scale = alpha == 0 ? 1 : (float)(alpha / rank);
     if (!isfinite(p.scale))

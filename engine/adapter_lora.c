@@ -126,7 +126,7 @@ static choir_status set_scale(const lora *l, const char *module, choir_adapter_p
     double rank = l->rank, alpha = l->alpha;
     CHOIR_TRY(choir_adapter_patterns_find(r, l->ranks, module, &rank));
     CHOIR_TRY(choir_adapter_patterns_find(r, l->alphas, module, &alpha));
-    CHOIR_TRY(choir_adapter_check_rank(r, rank, module));
+    CHOIR_TRY(choir_adapter_check_rank(r, rank, "r", module));
     p->rank = (uint32_t)rank;
     p->scale = (float)(alpha / (l->rslora ? sqrt(rank) : rank));
     if (!isfinite(p->scale))
@@ -151,8 +151,10 @@ static choir_status find_pair(const lora *l, choir_adapter_tensor *a, const char
         p->magnitude =
             choir_adapter_beside(l->reader, a->name, suffix, ".lora_magnitude_vector.weight");
     if (p->magnitude != NULL) return CHOIR_OK;
-    return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no lora_magnitude_vector beside it",
-                      l->reader->name, a->name);
+    return choir_fail(
+        CHOIR_E_INVALID,
+        "%s: use_dora is set, and tensor '%.200s' has no lora_magnitude_vector beside it",
+        l->reader->name, a->name);
 }
 
 /* What PEFT took for the inputs of stacked experts that are square. */
@@ -237,17 +239,24 @@ static choir_status read_pair(const lora *l, choir_adapter_tensor *a, const char
     CHOIR_TRY(choir_adapter_check_spot(r, &spot, a->name));
     CHOIR_TRY(find_pair(l, a, suffix, &p));
     CHOIR_TRY(set_scale(l, module, &p));
-    return add_any(l, &spot, suffix, &p);
+    CHOIR_TRY(add_any(l, &spot, suffix, &p));
+    return choir_adapter_note_pair(r, &spot, &p);
 }
 
 static choir_status read_pairs(lora *l)
 {
     choir_adapter_reader *r = l->reader;
-    static const char *const suffixes[] = {".lora_A.weight", ".lora_embedding_A"};
+    static const char *const a[] = {".lora_A.weight", ".lora_embedding_A"};
+    static const char *const b[] = {".lora_B.weight", ".lora_embedding_B"};
     for (size_t i = 0; i < r->n_tensors; i++)
         for (size_t k = 0; k < 2; k++)
-            if (choir_adapter_ends_with(r->tensors[i].name, suffixes[k]))
-                CHOIR_TRY(read_pair(l, &r->tensors[i], suffixes[k]));
+            if (choir_adapter_ends_with(r->tensors[i].name, a[k]))
+                CHOIR_TRY(read_pair(l, &r->tensors[i], a[k]));
+    for (size_t i = 0; i < r->n_tensors; i++)
+        for (size_t k = 0; k < 2; k++)
+            if (!r->tensors[i].used && choir_adapter_ends_with(r->tensors[i].name, b[k]))
+                return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no %s beside it",
+                                  r->name, r->tensors[i].name, a[k] + 1);
     return CHOIR_OK;
 }
 

@@ -89,12 +89,13 @@ choir_status choir_adapter_number(const choir_adapter_reader *r, const char *key
     return choir_fail(CHOIR_E_FORMAT, "%s: adapter_config.json has no number for %s", r->name, key);
 }
 
-choir_status choir_adapter_check_rank(const choir_adapter_reader *r, double rank, const char *what)
+choir_status choir_adapter_check_rank(const choir_adapter_reader *r, double rank, const char *field,
+                                      const char *of)
 {
     if (rank >= 1 && rank <= CHOIR_ADAPTER_MAX_RANK && rank == floor(rank)) return CHOIR_OK;
     return choir_fail(CHOIR_E_INVALID,
-                      "%s: the rank of %.200s is %g, must be a whole number from 1 to %d", r->name,
-                      what, rank, CHOIR_ADAPTER_MAX_RANK);
+                      "%s: %s is %g for %.200s, must be a whole number from 1 to %d", r->name,
+                      field, rank, of, CHOIR_ADAPTER_MAX_RANK);
 }
 
 choir_status choir_adapter_module_spot(const choir_adapter_reader *r, const char *tensor,
@@ -107,7 +108,7 @@ choir_status choir_adapter_module_spot(const choir_adapter_reader *r, const char
     snprintf(name, sizeof name, "%.250s.weight", module);
     *out = choir_adapter_find_spot(r, name);
     if (out->n_places == 0 || choir_adapter_is_vector(out->places[0]->role) ||
-        out->places[0]->stacked)
+        out->places[0]->stacked || choir_adapter_is_of_heads(out->places[0]))
         return choir_adapter_refuse(r, tensor);
     return choir_adapter_check_spot(r, out, tensor);
 }

@@ -8,6 +8,7 @@
 #pragma once
 #include "base/base.h"
 #include "engine/adapter_file.h"
+#include "engine/adapter_pairs.h"
 #include "engine/families/families.h"
 #include "engine/gguf.h"
 
@@ -59,6 +60,8 @@ typedef struct choir_adapter_reader {
     float *scratch; /* of choir_adapter_load() */
     size_t scratch_n;
     choir_adapter_data *data;
+    choir_adapter_pairs *pairs; /* NULL, or where LoRA's pairs are listed as they lie */
+    size_t pairs_capacity;
 } choir_adapter_reader;
 
 /* adapter_place.c: the names of the base's modules, those of its file and those that transformers
@@ -193,7 +196,19 @@ choir_status choir_adapter_number(const choir_adapter_reader *reader, const char
                                   double *out) CHOIR_MUST_USE;
 /* A rank as a file says it, of 1 to CHOIR_ADAPTER_MAX_RANK. */
 choir_status choir_adapter_check_rank(const choir_adapter_reader *reader, double rank,
-                                      const char *what) CHOIR_MUST_USE;
+                                      const char *field, const char *of) CHOIR_MUST_USE;
 bool choir_adapter_ends_with(const char *name, const char *suffix);
 /* Takes `suffix` off the end of `name`; false: it does not end so. */
 bool choir_adapter_strip(char *name, const char *suffix);
+
+/* adapter_file.c: the files of an adapter's folder, mapped; the configuration's text is the caller's. */
+choir_status choir_adapter_open_files(const char *folder, choir_adapter_source *source,
+                                      char **config, choir_map *map) CHOIR_MUST_USE;
+/* Headers alone are read, with the pairs' places in the file; those live as long as the data. */
+choir_status choir_adapter_list_pairs(const choir_model_config *base,
+                                      const choir_adapter_source *source,
+                                      choir_adapter_pairs *pairs,
+                                      choir_adapter_data **out) CHOIR_MUST_USE;
+/* adapter_pairs.c: one more pair, which has been checked, where they are listed. */
+choir_status choir_adapter_note_pair(choir_adapter_reader *reader, const choir_adapter_spot *spot,
+                                     const choir_adapter_pair *pair) CHOIR_MUST_USE;

@@ -125,6 +125,7 @@ choir_status choir_adapter_add_whole(choir_adapter_reader *r, const choir_adapte
                                      choir_adapter_tensor *t, uint32_t more)
 {
     CHOIR_TRY(choir_adapter_check_spot(r, spot, t->name));
+    if (choir_adapter_is_of_heads(spot->places[0])) return choir_adapter_refuse(r, t->name);
     if (spot->places[0]->stacked) return add_stacked(r, spot, t);
     if (choir_adapter_is_vector(spot->places[0]->role)) return add_vector(r, spot, t);
     return add_matrix(r, spot, t, more);

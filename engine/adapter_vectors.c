@@ -164,7 +164,7 @@ choir_status choir_adapter_read_vera(choir_adapter_reader *r)
     double rank;
     snprintf(r->data->kind, sizeof r->data->kind, "VeRA");
     CHOIR_TRY(choir_adapter_number(r, "r", &rank));
-    CHOIR_TRY(choir_adapter_check_rank(r, rank, "VeRA"));
+    CHOIR_TRY(choir_adapter_check_rank(r, rank, "r", "VeRA"));
     v.rank = (uint32_t)rank;
     CHOIR_TRY(read_projection(&v, "base_model.vera_A", true, &v.a));
     CHOIR_TRY(read_projection(&v, "base_model.vera_B", false, &v.b));

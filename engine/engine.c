@@ -91,6 +91,7 @@ fail:
 void choir_engine_close(choir_engine *e)
 {
     if (e == NULL) return;
+    choir_adapters_destroy(e->adapters);
     choir_workers_destroy(e->workers);
     choir_step_destroy(e);
     choir_free_pages(CHOIR_MEM_KV, e->kv, e->kv_bytes);

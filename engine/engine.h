@@ -35,6 +35,8 @@ typedef struct choir_engine_options {
                              * divisors are for those beyond the original context, and hold for all then */
     uint64_t expert_bytes;  /* memory for experts: the others are streamed; 0: all are resident */
     uint32_t max_expert_slots; /* 0: as many as fit */
+    uint64_t adapter_bytes; /* memory for adapters (choir_engine_open_adapters), at most; 0: there will be none.
+                             * Of a budget that streams experts: what adapters do not take now, experts have */
     choir_io io;            /* how they are read */
     uint32_t io_depth;      /* reads in flight; 0: a few */
     choir_policy_kind policy; /* who stays in memory */
@@ -80,6 +82,22 @@ void choir_engine_zero_page(choir_engine *engine, uint32_t page); /* poisoned KV
 void choir_engine_set_kv_pages(choir_engine *engine, uint32_t n);
 uint32_t choir_engine_kv_floor(const choir_engine *engine); /* n_pages where nothing is shared */
 void choir_engine_forget_page(choir_engine *engine, uint32_t page); /* its memory is given back */
+
+/* The engine's pool of adapters, once, before a scheduler is made of the engine; it ends with the engine. Names
+ * and loads: experts/adapters.h. */
+typedef struct choir_engine_adapters_options {
+    choir_adapter_type type; /* how they lie in memory */
+    const char *folder;      /* NULL, or what clients' paths lie beneath; lent for the call */
+} choir_engine_adapters_options;
+choir_status choir_engine_open_adapters(choir_engine *engine, const choir_engine_adapters_options *options)
+    CHOIR_MUST_USE;
+choir_adapters *choir_engine_adapters(const choir_engine *engine); /* NULL: it has none */
+/* Under a memory budget with streamed experts: adapters would like so many bytes. Returns how many they may have
+ * now, as experts let go of theirs; the floor is always theirs. */
+uint64_t choir_engine_set_adapter_bytes(choir_engine *engine, uint64_t bytes);
+uint64_t choir_engine_adapter_floor(const choir_engine *engine); /* all of it where nothing is shared */
+/* "ATTN_Q,ATTN_V": the roles that choir_adapter_facts' targets name. Returns the length of the whole. */
+size_t choir_adapter_targets_text(uint64_t targets, char *out, size_t room);
 
 /* The routes of a span's tokens: [n_layers, n_tokens, n_experts_used], best first; of dense layers: 0. */
 typedef struct choir_routes {

@@ -12,7 +12,7 @@ endforeach()
 file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/families_list.h CONTENT "${family_list}\n" @ONLY)
 
 choir_library(model_file
-    SOURCES adapter_bottleneck.c adapter_file.c adapter_gguf.c adapter_lora.c adapter_pair.c adapter_pattern.c
-            adapter_peft.c adapter_place.c adapter_prompt.c adapter_saved.c adapter_vectors.c gguf.c gguf_config.c hf_config.c model_config.c model_file.c pack_file.c roles.c safetensors.c texts.c ${families}
+    SOURCES adapter_bottleneck.c adapter_file.c adapter_gguf.c adapter_lora.c adapter_pair.c adapter_pairs.c
+            adapter_pattern.c adapter_peft.c adapter_place.c adapter_prompt.c adapter_saved.c adapter_vectors.c gguf.c gguf_config.c hf_config.c model_config.c model_file.c pack_file.c roles.c safetensors.c texts.c ${families}
     LINKS choir_base choir_kernels choir_experts PkgConfig::JANSSON PkgConfig::PCRE2 PkgConfig::XXHASH m)
 target_include_directories(choir_model_file PRIVATE ${CMAKE_CURRENT_BINARY_DIR})

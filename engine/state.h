@@ -144,6 +144,10 @@ struct choir_engine {
     uint32_t n_pages;
     uint64_t file_bytes, digest;
     uint64_t shared_bytes, kv_floor_bytes; /* what KV pages and streamed experts share; 0: fixed parts */
+    /* Of that, or besides it: what adapters have at least and at most; what KV and they have now of it. */
+    uint64_t adapter_floor, adapter_most, kv_now_bytes, adapter_now_bytes;
+    choir_adapters *adapters; /* NULL, or the pool */
+    choir_adapter_type adapter_type;
 
     step step;
     void *scratch;

@@ -37,12 +37,14 @@ typedef struct choir_adapter_facts {
     uint64_t load_bytes; /* and so many more, besides the file's, while it is made */
     char kind[24];       /* "LoRA", for people */
     uint64_t n_parameters, targets; /* targets: a bit for each of the maker's roles */
+    bool sole;           /* it cannot be mixed or weighed, as far as is known before it is made */
     uint32_t max_rank, n_virtual, n_invocation, invocation[CHOIR_ADAPTER_FACT_TOKENS];
 } choir_adapter_facts;
 
 typedef struct choir_adapter_made {
     void *adapter;
     uint64_t bytes, digest; /* digest: changes whenever what the adapter computes does */
+    bool sole;              /* it cannot be mixed or weighed */
 } choir_adapter_made;
 
 typedef struct choir_adapters_options {
@@ -120,8 +122,8 @@ choir_status choir_adapters_register_folder(choir_adapters *pool, const char *fo
 choir_status choir_adapters_unload(choir_adapters *pool, const char *name) CHOIR_MUST_USE;
 choir_status choir_adapters_find(choir_adapters *pool, const char *name, choir_adapter_info *out)
     CHOIR_MUST_USE;
-/* By name, ascending; at most `max`. Returns how many there are. */
-uint32_t choir_adapters_list(choir_adapters *pool, choir_adapter_info *out, uint32_t max);
+/* By name, ascending, those behind the name `after` ("": all); at most `max`. Returns how many there are. */
+uint32_t choir_adapters_list(choir_adapters *pool, const char *after, choir_adapter_info *out, uint32_t max);
 
 /* -- use: claim, then pin until it is pinned, then release -- */
 
@@ -141,10 +143,14 @@ choir_status choir_adapters_claim(choir_adapters *pool, const char *name, int64_
  * that finds no room is not pinned before that one. */
 choir_status choir_adapters_pin(choir_adapters *pool, choir_adapter_claim *claims, uint32_t n,
                                 bool *pinned) CHOIR_MUST_USE;
+/* An error: they will not come. */
+choir_status choir_adapters_check_claims(choir_adapters *pool, const choir_adapter_claim *claims,
+                                         uint32_t n) CHOIR_MUST_USE;
 /* Ends claims, pinned or not; once more does nothing. */
 void choir_adapters_release(choir_adapters *pool, choir_adapter_claim *claims, uint32_t n);
 /* Of a pinned claim, until its release. */
 const void *choir_adapter_claim_adapter(const choir_adapter_claim *claim);
+const char *choir_adapter_claim_name(const choir_adapter_claim *claim);
 uint64_t choir_adapter_claim_digest(const choir_adapter_claim *claim);
 const choir_adapter_facts *choir_adapter_claim_facts(const choir_adapter_claim *claim);
 
@@ -153,7 +159,8 @@ const choir_adapter_facts *choir_adapter_claim_facts(const choir_adapter_claim *
 void choir_adapters_note_poison(choir_adapters *pool, const choir_adapter_claim *claim);
 /* A request stood still for it. */
 void choir_adapters_note_wait(choir_adapters *pool, const choir_adapter_claim *claim, uint64_t ns);
-/* Called, on the loader's thread, whenever a load has ended. NULL: not called any more, also on return. */
+/* Called, on the loader's thread, whenever a load has ended, or begins or ceases to lack room. NULL: not called
+ * any more, also on return. */
 void choir_adapters_set_wake(choir_adapters *pool, void (*wake)(void *user), void *user);
 
 /* -- memory -- */
@@ -164,7 +171,7 @@ uint64_t choir_adapters_set_budget(choir_adapters *pool, uint64_t bytes);
 typedef struct choir_adapters_stats {
     uint32_t n_names, n_resident, n_loading, n_failed, n_quarantined; /* versions, but for the first */
     uint32_t n_claims, n_pins;   /* pins: of claims; 0 when idle */
-    uint64_t budget_bytes;
+    uint64_t budget_bytes, most_bytes;
     uint64_t held_bytes;         /* residents, and what loads have reserved */
     uint64_t wanted_bytes;       /* of those that are claimed or kept, with what loading the next takes */
     uint64_t n_requests, n_loads, n_evictions, n_failures, n_retries, n_poisoned; /* retries: of reads */
@@ -173,8 +180,8 @@ typedef struct choir_adapters_stats {
     const char *io;
 } choir_adapters_stats;
 void choir_adapters_get_stats(choir_adapters *pool, choir_adapters_stats *out);
-/* Loads that have failed so far: looks whether a pin may fail now. */
-uint64_t choir_adapters_n_failures(choir_adapters *pool);
+/* Counts what may have made claims go bad: while it stays, choir_adapters_check_claims() says what it did. */
+uint64_t choir_adapters_bad_news(choir_adapters *pool);
 
 /* One turn of the loader (options.manual). False: nothing moved, and nothing is on its way. */
 bool choir_adapters_work(choir_adapters *pool);

@@ -1,6 +1,7 @@
 /* How many KV pages may be in use, where they share their memory with streamed experts: as many as
  * the sequences need, and no fewer than the floor. A long context takes memory from cold experts at
- * once; what is no longer needed goes back when it was not for a while. */
+ * once; what is no longer needed goes back when it was not for a while. The same for adapters: what
+ * is claimed is taken from cold experts, as fast as these let go of it. */
 #include "scheduler/state.h"
 
 enum { PATIENCE = 64 }; /* ticks that pages are idle before they go back */
@@ -36,10 +37,33 @@ void kv_share_begin(choir_scheduler *s)
 {
     s->n_kv_pages = s->pages.n;
     if (s->engine.set_pages != NULL) set_pages(s, with_margin(s, 0));
+    s->adapter_bytes = s->engine.adapter_floor;
+}
+
+/* Adapters that nobody claims stay while experts do not want the memory more than a while. */
+static void share_with_adapters(choir_scheduler *s)
+{
+    choir_adapters_stats t;
+    if (s->engine.adapters == NULL || s->engine.set_adapter_bytes == NULL) return;
+    choir_adapters_get_stats(s->engine.adapters, &t);
+    uint64_t wanted = t.wanted_bytes + t.wanted_bytes / 8, asked = s->adapter_bytes;
+    if (wanted < s->engine.adapter_floor) wanted = s->engine.adapter_floor;
+    if (wanted > t.most_bytes) wanted = t.most_bytes;
+    if (wanted + wanted / 8 >= asked) s->n_spare_ticks = 0;
+    /* First they go, then experts get what they have left. */
+    bool less = wanted < asked && ++s->n_spare_ticks >= PATIENCE &&
+                choir_adapters_set_budget(s->engine.adapters, wanted) <= wanted;
+    if (wanted > asked || less) asked = wanted;
+    if (asked == s->adapter_bytes && t.budget_bytes >= asked) return;
+    s->adapter_bytes = asked;
+    s->n_spare_ticks = 0;
+    uint64_t granted = s->engine.set_adapter_bytes(s->engine.engine, asked);
+    choir_adapters_set_budget(s->engine.adapters, granted);
 }
 
 void kv_share_before_step(choir_scheduler *s)
 {
+    share_with_adapters(s);
     if (s->engine.set_pages == NULL) return;
     uint32_t used = s->pages.n - s->pages.n_free, active = used - s->pages.n_idle;
     if (used > s->n_kv_pages) {

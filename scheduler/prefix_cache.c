@@ -78,6 +78,17 @@ prefix_key prefix_child(prefix_key parent, const uint32_t *tokens, uint32_t page
     return key_of(XXH3_128bits(words, sizeof words));
 }
 
+prefix_key prefix_of_words(const uint64_t *words, uint32_t n)
+{
+    return key_of(XXH3_128bits(words, n * sizeof *words));
+}
+
+prefix_key prefix_joined(prefix_key key, prefix_key more)
+{
+    const uint64_t words[4] = {key.low, key.high, more.low, more.high};
+    return prefix_of_words(words, 4);
+}
+
 static void unlink_use(prefix_cache *c, uint32_t i)
 {
     entry *e = &c->entries[i];

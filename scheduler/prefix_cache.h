@@ -1,9 +1,10 @@
 /* Full KV pages by everything that made them; internal to scheduler/.
  * A page's key is the hash of (its parent's key, its tokens); the first parent is the hash of the
- * tenant's salt and the engine's digest. The tokens are compared too, so that a collision is a
- * miss. The cache holds one reference of each page it knows; pages that only it holds are given
- * back oldest first. Holders touch their pages last to first when they let go: so a page is given
- * back before its parent, without which nobody would find it. */
+ * tenant's salt and the engine's digest. Where adapters begin to act, the page's key is joined with
+ * theirs, and so are all behind it: what lies before is the model's own. The tokens are compared
+ * too, so that a collision is a miss. The cache holds one reference of each page it knows; pages
+ * that only it holds are given back oldest first. Holders touch their pages last to first when they
+ * let go: so a page is given back before its parent, without which nobody would find it. */
 #pragma once
 #include "scheduler/kv_pages.h"
 
@@ -18,6 +19,9 @@ choir_status prefix_cache_create(kv_pages *pages, uint32_t page_tokens,
 void prefix_cache_destroy(prefix_cache *cache);
 prefix_key prefix_root(uint64_t salt, uint64_t digest);
 prefix_key prefix_child(prefix_key parent, const uint32_t *tokens, uint32_t page_tokens);
+/* Of words that say what else made a page: adapters. */
+prefix_key prefix_of_words(const uint64_t *words, uint32_t n);
+prefix_key prefix_joined(prefix_key key, prefix_key more);
 /* The page of a key, with a reference for the caller; false: not there. */
 bool prefix_cache_find(prefix_cache *cache, prefix_key parent, prefix_key key,
                        const uint32_t *tokens, uint32_t *page);

@@ -99,6 +99,11 @@ static choir_status make_tables(choir_scheduler *s)
     return prefix_cache_create(&s->pages, s->engine.page_tokens, &s->prefix);
 }
 
+static void wake_up(void *user)
+{
+    scheduler_nudge(user);
+}
+
 static choir_status start_thread(choir_scheduler *s)
 {
     CHOIR_TRY(choir_thread_start(&s->thread, "choir-engine", run_engine_thread, s));
@@ -123,6 +128,7 @@ choir_status choir_scheduler_create(const choir_step_engine *engine,
     s->published.n_pages = s->published.n_pages_free = engine->n_pages;
     choir_status status = check_options(engine, &s->options);
     if (status == CHOIR_OK) status = make_tables(s);
+    if (s->engine.adapters != NULL) choir_adapters_set_wake(s->engine.adapters, wake_up, s);
     if (status == CHOIR_OK && !options->manual) status = start_thread(s);
     if (status != CHOIR_OK) {
         choir_scheduler_destroy(s);
@@ -153,6 +159,7 @@ void choir_scheduler_destroy(choir_scheduler *s)
         s->ended = r->next;
         request_destroy(r);
     }
+    if (s->engine.adapters != NULL) choir_adapters_set_wake(s->engine.adapters, NULL, NULL);
     prefix_cache_destroy(s->prefix);
     reads_destroy(s);
     kv_pages_destroy(&s->pages);
@@ -206,6 +213,7 @@ static choir_status check_request(const choir_scheduler *s, const choir_request 
     if (r->n == 0 || r->n > CHOIR_MAX_SAMPLES)
         return choir_fail(CHOIR_E_INVALID, "n is %u, must be 1 to %d", r->n, CHOIR_MAX_SAMPLES);
     CHOIR_TRY(check_ends(s, r));
+    CHOIR_TRY(adapters_check(s, r));
     return choir_sampling_check(&r->sampling, s->engine.vocab);
 }
 
@@ -274,6 +282,11 @@ choir_status choir_scheduler_submit(choir_scheduler *s, const choir_request *fro
     return CHOIR_OK;
 }
 
+choir_adapters *choir_scheduler_adapters(const choir_scheduler *s)
+{
+    return s->engine.adapters;
+}
+
 uint32_t choir_scheduler_retry_ms(choir_scheduler *s)
 {
     pthread_mutex_lock(&s->lock);
@@ -308,6 +321,7 @@ void choir_scheduler_get_stats(choir_scheduler *s, choir_scheduler_stats *out)
     *out = s->published;
     busy = busy || s->mailbox_first != NULL;
     pthread_mutex_unlock(&s->lock);
+    if (s->engine.adapters != NULL) choir_adapters_get_stats(s->engine.adapters, &out->adapters);
     out->healthy = !busy || now < last || now - last < (uint64_t)s->options.stall_ms * CHOIR_MS;
 }
 

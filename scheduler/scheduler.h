@@ -4,7 +4,8 @@
  * THREADS submit, cancel, stats, drain: any. A stream: one consumer. The tick: the engine thread, which
  *         the scheduler starts (or run by hand in tests: choir_scheduler_tick).
  * ERRORS  submit: CHOIR_E_INVALID (field, value, limit), CHOIR_E_FULL (queue, with retry_ms),
- *         CHOIR_E_UNAVAILABLE (draining). Later errors arrive as the stream's last event.
+ *         CHOIR_E_UNAVAILABLE (draining), and what experts/adapters.h says of an adapter (CHOIR_E_NOT_FOUND, …).
+ *         Later errors arrive as the stream's last event.
  * LIMITS  Bounded queue; an outbox of at most outbox_bytes per request: a slow reader pauses its own
  *         sequence only. Same request, seed and versions: same tokens, whatever else runs.
  * NEXT    server/server.h above, engine/engine.h below. */
@@ -52,6 +53,11 @@ typedef struct choir_step_engine {
     void (*set_pages)(void *engine, uint32_t n);
     void (*forget_page)(void *engine, uint32_t page);
     uint32_t kv_floor;
+    choir_adapters *adapters; /* NULL: none; its adapters are choir_adapter, as spans take them */
+    /* NULL, or adapters share that memory too: they would like so many bytes, and may have those it returns
+     * now, which is adapter_floor at least */
+    uint64_t (*set_adapter_bytes)(void *engine, uint64_t bytes);
+    uint64_t adapter_floor;
     uint32_t n_pages, page_tokens, vocab, max_positions, max_rows, max_spans;
     const choir_tokenizer *tokenizer; /* NULL: no text, ids only */
     uint64_t digest;                  /* of what makes KV: the weights; part of every prefix key */
@@ -67,6 +73,12 @@ choir_status choir_scheduler_create(const choir_step_engine *engine,
 void choir_scheduler_destroy(choir_scheduler *scheduler); /* cancels what is left, joins its thread */
 
 enum { CHOIR_MAX_STOPS = 16, CHOIR_MAX_STOP_BYTES = 256, CHOIR_MAX_SAMPLES = 64 };
+
+typedef struct choir_request_adapter {
+    const char *name;
+    float weight; /* 1 for an adapter alone; -CHOIR_MAX_ADAPTER_WEIGHT … CHOIR_MAX_ADAPTER_WEIGHT in a mix */
+} choir_request_adapter;
+enum { CHOIR_MAX_ADAPTER_WEIGHT = 8 };
 
 /* Lent for the call to submit, which copies. */
 typedef struct choir_request {
@@ -86,6 +98,11 @@ typedef struct choir_request {
     int32_t priority;        /* higher first; equal: first come, first served */
     uint64_t deadline_ns;    /* choir_clock_now() time; 0: none */
     uint64_t cache_salt;     /* tenant: prefix hits never cross it */
+    /* What the answer is computed with besides the model: a mix of adapters, each once; at most CHOIR_MAX_MIX.
+     * Until they are in memory the request waits, and only it; then it keeps their versions to its end. Virtual
+     * tokens of soft prompts stand before the prompt: they take room in the context, and are in no count. */
+    const choir_request_adapter *adapters;
+    uint32_t n_adapters;
 } choir_request;
 
 typedef enum choir_finish {
@@ -109,6 +126,7 @@ typedef struct choir_usage {
     uint32_t prompt_tokens, cached_tokens, output_tokens; /* output: over all samples */
     uint32_t n_preemptions;
     uint64_t queue_ns, prefill_ns, decode_ns; /* queue: submit to first step; prefill: to first token */
+    uint64_t adapter_ns; /* of queue: it could have run, but for its adapters */
 } choir_usage;
 
 typedef struct choir_event {
@@ -152,12 +170,14 @@ bool choir_scheduler_tick(choir_scheduler *scheduler);
 
 typedef struct choir_scheduler_stats {
     uint32_t n_running, n_waiting, n_paused;
+    uint32_t n_fetching; /* of n_waiting: those whose adapters are not there yet, or whose turn has not come */
     uint32_t n_pages, n_pages_free, n_pages_cached; /* cached: only the prefix cache holds them */
     uint64_t n_steps, n_prompt_tokens, n_cached_tokens, n_output_tokens;
     uint64_t n_late; /* spans that were sent back to wait for an expert */
     uint64_t n_accepted, n_refused, n_done, n_cancelled, n_expired, n_failed, n_preempted;
     uint64_t last_step_ns, step_ns_total, rows_total; /* rows_total / n_steps: mean batch */
     choir_experts_stats experts; /* as of the last step */
+    choir_adapters_stats adapters; /* as of now; all 0 where there are none */
     uint32_t n_read_groups;      /* that take turns for the disk's sake; 1: all run together */
     uint32_t step_tokens;        /* the token budget now */
     bool healthy;                                     /* forward progress, or nothing to do */
@@ -166,6 +186,7 @@ typedef struct choir_scheduler_stats {
  * 0: none are streamed. */
 size_t choir_scheduler_get_expert_heat(choir_scheduler *scheduler, float *out);
 void choir_scheduler_get_stats(choir_scheduler *scheduler, choir_scheduler_stats *out);
+choir_adapters *choir_scheduler_adapters(const choir_scheduler *scheduler); /* the engine's, or NULL */
 
 /* Refuses new requests (CHOIR_E_UNAVAILABLE); running ones go on. True once nothing is left. */
 void choir_scheduler_drain(choir_scheduler *scheduler);

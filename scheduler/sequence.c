@@ -10,7 +10,8 @@ static const int64_t PRIORITY_US = 10 * 1000 * 1000;
 
 void sequence_move(choir_scheduler *s, sequence *q, sequence_state to)
 {
-    static const bool legal[4][4] = {
+    static const bool legal[N_SEQUENCE_STATES][N_SEQUENCE_STATES] = {
+        [SEQ_FETCHING] = {[SEQ_WAITING] = true, [SEQ_ENDED] = true},
         [SEQ_WAITING] = {[SEQ_RUNNING] = true, [SEQ_ENDED] = true},
         [SEQ_RUNNING] = {[SEQ_WAITING] = true, [SEQ_PAUSED] = true, [SEQ_ENDED] = true},
         [SEQ_PAUSED] = {[SEQ_RUNNING] = true, [SEQ_WAITING] = true, [SEQ_ENDED] = true},
@@ -58,8 +59,11 @@ static choir_status make_sequence(choir_scheduler *s, const choir_request *from,
     sequence *q = &r->sequences[index];
     size_t room = from->n_tokens + r->max_new;
     uint32_t page_tokens = s->engine.page_tokens;
-    *q = (sequence){
-        .of = r, .index = index, .n_prompt = (uint32_t)from->n_tokens, .stop_match = NO_STOP};
+    *q = (sequence){.of = r,
+                    .index = index,
+                    .state = r->adapters.n > 0 ? SEQ_FETCHING : SEQ_WAITING,
+                    .n_prompt = (uint32_t)from->n_tokens,
+                    .stop_match = NO_STOP};
     q->max_pages = (uint32_t)((room + page_tokens - 1) / page_tokens);
     q->n_tokens = q->n_prompt;
     q->tokens = choir_alloc(CHOIR_MEM_REQUESTS, room * sizeof *q->tokens);
@@ -108,7 +112,6 @@ choir_status request_create(choir_scheduler *s, const choir_request *from, choir
 {
     request *r = choir_calloc(CHOIR_MEM_REQUESTS, 1, sizeof *r);
     if (r == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a request");
-    uint32_t most = s->options.max_tokens_per_sequence - (uint32_t)from->n_tokens;
     *r = (request){.stream = stream,
                    .n = from->n,
                    .min_new = from->sampling.min_tokens,
@@ -117,11 +120,14 @@ choir_status request_create(choir_scheduler *s, const choir_request *from, choir
                    .deadline_ns = from->deadline_ns,
                    .submitted_ns = choir_clock_now(),
                    .root = prefix_root(from->cache_salt, s->engine.digest)};
-    r->max_new = from->max_tokens == 0 || from->max_tokens > most ? most : from->max_tokens;
     r->rank = (int64_t)(r->submitted_ns / 1000) - from->priority * PRIORITY_US;
     r->usage.prompt_tokens = (uint32_t)from->n_tokens;
     collect_end_ids(s, from, r);
-    choir_status status = copy_stops(from, r);
+    uint32_t n_virtual = 0;
+    choir_status status = adapters_claim(s, from, r, &n_virtual);
+    uint32_t most = s->options.max_tokens_per_sequence - (uint32_t)from->n_tokens - n_virtual;
+    r->max_new = from->max_tokens == 0 || from->max_tokens > most ? most : from->max_tokens;
+    if (status == CHOIR_OK) status = copy_stops(from, r);
     if (status == CHOIR_OK) {
         r->sequences = choir_calloc(CHOIR_MEM_REQUESTS, r->n, sizeof *r->sequences);
         if (r->sequences == NULL) status = choir_fail(CHOIR_E_NO_MEMORY, "no memory for a request");
@@ -139,6 +145,7 @@ choir_status request_create(choir_scheduler *s, const choir_request *from, choir
 void request_destroy(request *r)
 {
     if (r == NULL) return;
+    adapters_release(r);
     for (uint32_t i = 0; r->sequences != NULL && i < r->n; i++) {
         sequence *q = &r->sequences[i];
         choir_free(q->tokens);
@@ -309,6 +316,7 @@ void request_end(choir_scheduler *s, request *r, choir_status status, const char
         sequence_drop_pages(s, q, status == CHOIR_E_DATA_LOSS);
         sequence_move(s, q, SEQ_ENDED);
     }
+    adapters_release(r);
     s->stats.n_done += status == CHOIR_OK;
     s->stats.n_cancelled += status == CHOIR_E_CANCELLED;
     s->stats.n_expired += status == CHOIR_E_DEADLINE;

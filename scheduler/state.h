@@ -1,14 +1,17 @@
 /* The scheduler's own picture of requests and sequences; internal to scheduler/.
  *
- *            submit             admit: pages            last token drawn
- *   (client) ──────▶ WAITING ──────────────▶ RUNNING ───────────────────▶ ENDED
+ *        submit, with adapters
+ *   (client) ────▶ FETCHING
+ *      │               │ its turn, and its adapters are in memory: pinned
+ *      │ submit        ▼        admit: pages            last token drawn
+ *      └───────────▶ WAITING ──────────────▶ RUNNING ───────────────────▶ ENDED
  *                       ▲   preempt: pages away  │ ▲
  *                       └────────────────────────┤ │ outbox drained
  *                       ▲          outbox full   ▼ │
  *                       └──── pages away ────  PAUSED
  *   Any state but ENDED ends on cancel, deadline, a reader too slow, or an error. sequence_move()
  * is the only way. A paused sequence holds no slot, and its pages only while nobody else wants
- * them.
+ * them. A request that has left FETCHING holds its adapters' pins to its end; before, only claims.
  *
  * THREADS request and sequence belong to the engine thread once submitted; a stream is shared with
  * its consumer under stream.lock. */
@@ -21,7 +24,14 @@
 
 enum { NO_STOP = UINT32_MAX, NO_GROUP = UINT32_MAX, DELTA_ROOM = 4096 };
 
-typedef enum sequence_state { SEQ_WAITING, SEQ_RUNNING, SEQ_PAUSED, SEQ_ENDED } sequence_state;
+typedef enum sequence_state {
+    SEQ_FETCHING,
+    SEQ_WAITING,
+    SEQ_RUNNING,
+    SEQ_PAUSED,
+    SEQ_ENDED,
+    N_SEQUENCE_STATES
+} sequence_state;
 
 /* The consumer's end of a request. Deltas lie in a ring of records; STARTED and DONE are flags, so
  * that an end always finds room. Freed when both sides have let go. */
@@ -47,14 +57,30 @@ struct choir_stream {
     atomic_bool cancelled; /* release by cancel(), acquire by the tick */
 };
 
+/* What a request is computed with; scheduler/adapters.c. */
+typedef struct request_adapters {
+    choir_adapters *pool;
+    choir_adapter_claim claims[CHOIR_MAX_MIX];
+    float weights[CHOIR_MAX_MIX];
+    uint32_t n;
+    /* Once they are pinned: */
+    choir_adapter_use uses[CHOIR_MAX_MIX];
+    uint32_t n_uses;    /* 0 too where they never begin to act: the model answers alone */
+    uint32_t from;      /* rows at positions below are the model's alone */
+    uint32_t n_virtual; /* tokens before the prompt */
+    prefix_key key;     /* of all that */
+    uint64_t missed_ns; /* its turn had come, and they were not there; 0: not yet */
+} request_adapters;
+
 typedef struct request request;
 
 typedef struct sequence {
     request *of;
     uint32_t index;
     sequence_state state;
-    uint32_t *tokens;                        /* prompt, then what was drawn; room for all */
-    uint32_t n_tokens, n_prompt, n_computed; /* n_computed: those whose KV is in the pages */
+    uint32_t *tokens; /* virtual ones, the prompt, then what was drawn; room for all */
+    uint32_t n_tokens, n_prompt, n_computed; /* n_computed: those whose KV is in the pages; n_prompt: with
+                                              * the virtual ones */
     uint32_t *pages, n_pages, max_pages;
     prefix_key *keys;      /* [max_pages + 1]: keys[i + 1] is page i's */
     uint32_t n_registered; /* full pages the prefix cache was told of */
@@ -91,6 +117,7 @@ struct request {
     prefix_key root;
     choir_usage usage;
     bool admitted;
+    request_adapters adapters;
 };
 
 typedef struct read_sums {
@@ -117,6 +144,9 @@ struct choir_scheduler {
     kv_pages pages;
     prefix_cache *prefix; /* NULL: off */
     uint32_t n_kv_pages, n_idle_ticks; /* pages that may be in use; kv_share.c */
+    uint64_t adapter_bytes;            /* that adapters were asked for; kv_share.c */
+    uint32_t n_spare_ticks;
+    uint64_t n_bad_news; /* of adapters, that were looked at */
     read_groups reads;
 
     pthread_t thread;
@@ -182,6 +212,19 @@ void stream_wake(choir_stream *stream);
 /* kv_share.c */
 void kv_share_begin(choir_scheduler *s);
 void kv_share_before_step(choir_scheduler *s);
+
+/* adapters.c */
+choir_status adapters_check(const choir_scheduler *s, const choir_request *from) CHOIR_MUST_USE;
+/* Claims them; where they have virtual tokens as of now, it says how many. */
+choir_status adapters_claim(choir_scheduler *s, const choir_request *from, request *r,
+                            uint32_t *n_virtual) CHOIR_MUST_USE;
+void adapters_release(request *r);
+/* At its turn: true when they are pinned, and its sequences WAITING; false: they are not, or it has ended. */
+bool adapters_fetched(choir_scheduler *s, request *r);
+void adapters_end_failed(choir_scheduler *s); /* requests whose adapters will not come */
+void adapters_note_poison(request *r, const choir_span *span);
+/* The key of a full page of the sequence, whose keys up to it are known. */
+prefix_key sequence_page_key(const choir_scheduler *s, const sequence *q, uint32_t page);
 
 /* reads.c */
 choir_status reads_create(choir_scheduler *s) CHOIR_MUST_USE;

@@ -15,6 +15,11 @@ static void zero_page(void *engine, uint32_t page) { choir_engine_zero_page(engi
 static void set_pages(void *engine, uint32_t n) { choir_engine_set_kv_pages(engine, n); }
 static void forget_page(void *engine, uint32_t page) { choir_engine_forget_page(engine, page); }
 
+static uint64_t set_adapter_bytes(void *engine, uint64_t bytes)
+{
+    return choir_engine_set_adapter_bytes(engine, bytes);
+}
+
 static choir_experts_stats expert_stats(void *engine) { return choir_engine_expert_stats(engine); }
 static float expert_heat(void *engine, uint32_t layer, uint32_t expert)
 {
@@ -27,6 +32,9 @@ choir_step_engine choir_step_engine_of(choir_engine *engine)
     uint64_t n_pages = choir_engine_n_pages(engine);
     bool streamed = choir_engine_expert_stats(engine).streamed;
     bool shared = choir_engine_kv_floor(engine) < n_pages;
+    choir_adapters_stats adapters = {0};
+    if (choir_engine_adapters(engine) != NULL)
+        choir_adapters_get_stats(choir_engine_adapters(engine), &adapters);
     return (choir_step_engine){
         .engine = engine,
         .step = step,
@@ -34,6 +42,10 @@ choir_step_engine choir_step_engine_of(choir_engine *engine)
         .zero_page = zero_page,
         .set_pages = shared ? set_pages : NULL,
         .forget_page = forget_page,
+        .adapters = choir_engine_adapters(engine),
+        .set_adapter_bytes =
+            choir_engine_adapter_floor(engine) < adapters.most_bytes ? set_adapter_bytes : NULL,
+        .adapter_floor = choir_engine_adapter_floor(engine),
         .expert_stats = streamed ? expert_stats : NULL,
         .expert_heat = expert_heat,
         .n_experts = c->n_experts,

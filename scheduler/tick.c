@@ -141,7 +141,7 @@ static void match_prefix(choir_scheduler *s, sequence *q)
     while ((q->n_pages + 1) * page_tokens < q->n_tokens) {
         uint32_t i = q->n_pages;
         const uint32_t *tokens = q->tokens + (size_t)i * page_tokens;
-        q->keys[i + 1] = prefix_child(q->keys[i], tokens, page_tokens);
+        q->keys[i + 1] = sequence_page_key(s, q, i);
         if (!prefix_cache_find(s->prefix, q->keys[i], q->keys[i + 1], tokens, &q->pages[i])) break;
         q->n_pages = q->n_registered = i + 1;
     }
@@ -283,9 +283,10 @@ static void note_admission(choir_scheduler *s, request *r, const sequence *q)
     r->admitted = true;
     r->first_step_ns = choir_clock_now();
     r->usage.queue_ns = r->first_step_ns - r->submitted_ns;
-    r->usage.cached_tokens = q->n_computed;
-    s->stats.n_cached_tokens += q->n_computed;
-    s->stats.n_prompt_tokens += q->n_prompt;
+    uint32_t n_virtual = r->adapters.n_virtual; /* the user did not send them */
+    r->usage.cached_tokens = q->n_computed > n_virtual ? q->n_computed - n_virtual : 0;
+    s->stats.n_cached_tokens += r->usage.cached_tokens;
+    s->stats.n_prompt_tokens += r->usage.prompt_tokens;
     pthread_mutex_lock(&s->lock);
     s->n_not_admitted--;
     pthread_mutex_unlock(&s->lock);
@@ -298,6 +299,7 @@ static void admit(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_
     uint32_t n_running = n_in_state(s, SEQ_RUNNING);
     for (uint32_t i = 0; i < n && *budget > 0 && n_running < s->options.max_sequences; i++) {
         sequence *q = s->order[i];
+        if (q->state == SEQ_FETCHING && !adapters_fetched(s, q->of)) continue; /* others go on */
         if (q->state != SEQ_WAITING || !may_enter(q)) continue;
         if (!enter(s, i, n, *budget)) return;
         note_admission(s, q->of, q);
@@ -330,6 +332,8 @@ static uint32_t choose(choir_scheduler *s)
         sequence *q = s->order[i];
         if (!q->selected) continue;
         bool draws = q->n_rows == n_pending(q);
+        const request_adapters *a = &q->of->adapters;
+        bool adapted = q->n_computed + q->n_rows > a->from;
         s->span_of[n_spans] = q;
         s->spans[n_spans++] = (choir_span){.tokens = q->tokens + q->n_computed,
                                            .n_tokens = q->n_rows,
@@ -339,6 +343,9 @@ static uint32_t choose(choir_scheduler *s)
                                            .n_logits = draws,
                                            .sampler = draws ? q->sampler : NULL,
                                            .routes = routes_for(q),
+                                           .adapters = a->uses,
+                                           .n_adapters = adapted ? a->n_uses : 0,
+                                           .adapter_from = a->from,
                                            .remaining = sequence_remaining(q)};
     }
     return n_spans;
@@ -351,7 +358,7 @@ static void register_pages(choir_scheduler *s, sequence *q)
          q->n_registered++) {
         uint32_t i = q->n_registered;
         const uint32_t *tokens = q->tokens + (size_t)i * page_tokens;
-        q->keys[i + 1] = prefix_child(q->keys[i], tokens, page_tokens);
+        q->keys[i + 1] = sequence_page_key(s, q, i);
         prefix_cache_add(s->prefix, q->keys[i], q->keys[i + 1], tokens, q->pages[i]);
     }
 }
@@ -368,6 +375,7 @@ static bool hand_out(choir_scheduler *s, uint32_t n_spans)
             continue;
         }
         if (s->spans[i].status != CHOIR_OK) {
+            adapters_note_poison(q->of, &s->spans[i]);
             choir_status status = choir_span_failure(&s->spans[i]);
             request_end(s, q->of, status, choir_error_message());
             continue;
@@ -408,7 +416,8 @@ static void publish(choir_scheduler *s, bool worked)
     choir_scheduler_stats *t = &s->stats;
     bool runnable = false;
     t->n_running = n_in_state(s, SEQ_RUNNING);
-    t->n_waiting = n_in_state(s, SEQ_WAITING);
+    t->n_fetching = n_in_state(s, SEQ_FETCHING);
+    t->n_waiting = n_in_state(s, SEQ_WAITING) + t->n_fetching;
     t->n_paused = n_in_state(s, SEQ_PAUSED);
     for (uint32_t i = 0; i < s->n_live; i++)
         runnable = runnable || s->live[i]->of->blocked_since == 0;
@@ -432,6 +441,7 @@ bool scheduler_tick(choir_scheduler *s)
 {
     take_mailbox(s);
     end_what_must(s);
+    adapters_end_failed(s);
     watch_readers(s);
     uint32_t n_spans = choose(s);
     bool worked = n_spans > 0;

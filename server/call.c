@@ -362,11 +362,15 @@ static void handle_message(choir_call *call, bool ok)
     choir_status status = take_message(call);
     if (status != CHOIR_OK) {
         choir_call_fail(call, status);
-    } else if (call->method->parsed) {
+    } else if (call->method->parsed || call->method->slow) {
+        choir_server *s = call->server;
         choir_call_hold(call);
-        if (choir_queue_try_push(call->server->parse_queue, &call->work)) return;
+        if (choir_queue_try_push(call->method->slow ? s->slow_queue : s->parse_queue, &call->work))
+            return;
         choir_call_drop(call); /* never the last: on_received has one */
-        refuse(call, CHOIR_E_FULL, "too many requests are being read; try again later");
+        refuse(call, CHOIR_E_FULL,
+               call->method->slow ? "too many adapters are waiting to be loaded; try again later"
+                                  : "too many requests are being read; try again later");
     } else {
         call->method->prepare(call);
     }

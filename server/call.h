@@ -21,6 +21,7 @@
 #include "server/reflection.h"
 #include "server/server.h"
 #include <grpc/grpc.h>
+#include <protobuf-c/protobuf-c.h>
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -39,6 +40,7 @@ typedef struct choir_method {
     bool open;      /* needs no api key */
     bool generates; /* refused while draining, counted as running */
     bool parsed;    /* prepare runs on a parser, not on the completion thread */
+    bool slow;      /* … or on a thread for what waits for a disk, one call after the other */
     bool client_stream;
     /* Has the message in call->data; ends with choir_call_reply, _finish or a stream. */
     void (*prepare)(choir_call *call);
@@ -63,7 +65,7 @@ struct choir_call {
     size_t bytes;
     uint64_t deadline_ns;        /* choir_clock_now() time; 0: none */
     choir_call *previous, *next; /* open calls; server->calls_lock */
-    choir_node work;             /* in the parsers' queue */
+    choir_node work;             /* in the parsers' queue, or the slow one */
     choir_node woken;            /* in the pump's queue */
     _Atomic bool is_woken;       /* set by the waker that queues it, cleared by the pump */
 
@@ -124,10 +126,10 @@ struct choir_server {
     _Atomic uint64_t looked_ns;
     _Atomic uint64_t n_calls, n_refused, n_internal, n_requests;
 
-    choir_queue *parse_queue, *wake_queue;
-    pthread_t completion_thread, pump_thread, watch_thread, *parsers;
+    choir_queue *parse_queue, *slow_queue, *wake_queue;
+    pthread_t completion_thread, pump_thread, watch_thread, slow_thread, *parsers;
     uint32_t n_parsers_started;
-    bool completion_started, pump_started, watch_started, grpc_started;
+    bool completion_started, pump_started, watch_started, slow_started, grpc_started;
     choir_tag shut_down;
 
     pthread_mutex_t phase_lock; /* guards the wish and signals the change of phase */
@@ -155,12 +157,20 @@ void choir_call_wake(choir_call *call);    /* has the pump thread call method->p
 void choir_calls_sweep(choir_server *server);
 void choir_calls_stop(choir_server *server); /* every stream ends with UNAVAILABLE */
 
-/* --- methods.c, generate.c, health.c */
+/* --- methods.c, adapters.c, generate.c, health.c */
 /* An unknown path gives the method that is missing altogether, never NULL. */
 const choir_method *choir_method_find(const char *path, size_t bytes);
 /* NULL with the sentence set (CHOIR_E_NOT_FOUND, or _INVALID for a name left out among several). */
 choir_status choir_server_find_model(const choir_server *server, const char *name,
                                      const choir_server_model **out) CHOIR_MUST_USE;
+/* The call's message, checked and unpacked as `type`: choir_message_free() it. */
+choir_status choir_call_request(choir_call *call, const ProtobufCMessageDescriptor *type,
+                                void *out) CHOIR_MUST_USE;
+/* choir_call_reply() for callers without the lock. */
+void choir_call_answer(choir_call *call, grpc_slice message);
+void choir_adapters_prepare_load(choir_call *call);
+void choir_adapters_prepare_unload(choir_call *call);
+void choir_adapters_prepare_list(choir_call *call);
 void choir_generate_prepare(choir_call *call);
 void choir_generate_pump(choir_call *call);
 void choir_generate_release(choir_call *call); /* call->lock held; frees the stream and its pages */

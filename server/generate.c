@@ -13,6 +13,7 @@
 struct choir_generation {
     choir_stream *stream;
     char id[129];
+    char *adapter; /* as `started` names it; NULL: none */
     uint64_t seed;
     uint32_t n_layers, n_used;
     uint32_t n_stops;
@@ -23,6 +24,7 @@ static void free_generation(choir_generation *g)
 {
     if (g == NULL) return;
     for (uint32_t i = 0; i < g->n_stops; i++) choir_free(g->stops[i]);
+    choir_free(g->adapter);
     choir_free(g);
 }
 
@@ -35,6 +37,23 @@ void choir_generate_release(choir_call *call)
     free_generation(g);
 }
 
+/* The name, or of a mix "a=0.5,b=1". */
+static char *adapter_text(const choir_request *r)
+{
+    enum { WEIGHT_BYTES = 24 };
+    size_t room = 1, n = 0;
+    for (uint32_t i = 0; i < r->n_adapters; i++)
+        room += strlen(r->adapters[i].name) + WEIGHT_BYTES;
+    char *text = choir_alloc(CHOIR_MEM_REQUESTS, room);
+    for (uint32_t i = 0; i < r->n_adapters && text != NULL; i++) {
+        const choir_request_adapter *a = &r->adapters[i];
+        bool alone = r->n_adapters == 1 && a->weight == 1;
+        n += (size_t)snprintf(text + n, room - n, "%s%s", i > 0 ? "," : "", a->name);
+        if (!alone) n += (size_t)snprintf(text + n, room - n, "=%g", (double)a->weight);
+    }
+    return text;
+}
+
 static choir_status make_generation(const choir_generate_request *r, choir_generation **out)
 {
     choir_generation *g = choir_calloc(CHOIR_MEM_REQUESTS, 1, sizeof *g);
@@ -43,6 +62,10 @@ static choir_status make_generation(const choir_generate_request *r, choir_gener
     g->seed = r->request.sampling.seed;
     g->n_layers = r->model->config->n_layers;
     g->n_used = r->model->config->n_experts_used;
+    if (r->request.n_adapters > 0 && (g->adapter = adapter_text(&r->request)) == NULL) {
+        free_generation(g);
+        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a request");
+    }
     for (; g->n_stops < r->request.n_stops; g->n_stops++) {
         g->stops[g->n_stops] = choir_strdup(CHOIR_MEM_REQUESTS, r->request.stops[g->n_stops]);
         if (g->stops[g->n_stops] != NULL) continue;
@@ -114,6 +137,7 @@ static grpc_slice pack_started(const choir_call *call, const choir_event *e)
     Choir__V1__Started started = CHOIR__V1__STARTED__INIT;
     started.request_id = (char *)g->id;
     started.model = (char *)call->model->name;
+    if (g->adapter != NULL) started.adapter = g->adapter;
     started.prompt_tokens = e->usage.prompt_tokens;
     started.cached_tokens = e->usage.cached_tokens;
     started.seed = g->seed;

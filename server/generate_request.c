@@ -15,6 +15,7 @@ enum {
     MAX_IDS = 1 << 20,
     MAX_PRIORITY = 1000000,
     NAME_BYTES = 256,
+    PATH_BYTES = 1024,
     MAX_STOP_IDS = 48
 }; /* with a model's own 16 they fill the sampler's 64 */
 
@@ -24,7 +25,7 @@ const choir_wire_rule choir_request_rules[] = {
     RULE(generate_request, "request_id", 0, 128),
     RULE(generate_request, "model", 0, NAME_BYTES),
     RULE(generate_request, "adapter", 0, NAME_BYTES),
-    RULE(generate_request, "mix", 8, 0),
+    RULE(generate_request, "mix", CHOIR_MAX_MIX, 0),
     RULE(generate_request, "ensemble", 0, NAME_BYTES),
     RULE(adapter_weight, "adapter", 0, NAME_BYTES),
     RULE(token_list, "ids", MAX_IDS, 0),
@@ -39,6 +40,13 @@ const choir_wire_rule choir_request_rules[] = {
     RULE(detokenize_request, "model", 0, NAME_BYTES),
     RULE(detokenize_request, "ids", MAX_IDS, 0),
     RULE(get_stats_request, "model", 0, NAME_BYTES),
+    RULE(load_adapter_request, "name", 0, NAME_BYTES),
+    RULE(load_adapter_request, "path", 0, PATH_BYTES),
+    RULE(load_adapter_request, "model", 0, NAME_BYTES),
+    RULE(unload_adapter_request, "name", 0, NAME_BYTES),
+    RULE(unload_adapter_request, "model", 0, NAME_BYTES),
+    RULE(list_adapters_request, "model", 0, NAME_BYTES),
+    RULE(list_adapters_request, "after", 0, NAME_BYTES),
 };
 #undef RULE
 // clang-format on
@@ -306,23 +314,57 @@ static choir_status check_sampling(const choir_generate_request *r)
     return status == CHOIR_OK ? CHOIR_OK : choir_fail(status, "sampling.%s", choir_error_message());
 }
 
+/* --- adapters */
+
+static choir_status take_mix(choir_generate_request *r)
+{
+    const Choir__V1__GenerateRequest *m = r->message;
+    for (size_t i = 0; i < m->n_mix; i++) {
+        const Choir__V1__AdapterWeight *one = m->mix[i];
+        if (one->adapter[0] == '\0')
+            return choir_fail(CHOIR_E_INVALID, "mix[%zu].adapter is empty; it has 1 to %d bytes", i,
+                              NAME_BYTES);
+        if (!(fabsf(one->weight) <= CHOIR_MAX_ADAPTER_WEIGHT)) /* NaN is not */
+            return choir_fail(CHOIR_E_INVALID, "mix[%zu].weight is %g; it is -%d to %d", i,
+                              (double)one->weight, CHOIR_MAX_ADAPTER_WEIGHT, CHOIR_MAX_ADAPTER_WEIGHT);
+        for (size_t k = 0; k < i; k++)
+            if (strcmp(m->mix[k]->adapter, one->adapter) == 0)
+                return choir_fail(CHOIR_E_INVALID,
+                                  "mix[%zu].adapter is \"%s\" as mix[%zu] has it; each is named once", i,
+                                  one->adapter, k);
+        r->adapters[i] = (choir_request_adapter){one->adapter, one->weight};
+    }
+    r->request.n_adapters = (uint32_t)m->n_mix;
+    return CHOIR_OK;
+}
+
+static choir_status resolve_adapters(choir_generate_request *r)
+{
+    const Choir__V1__GenerateRequest *m = r->message;
+    bool one = m->adapting_case == CHOIR__V1__GENERATE_REQUEST__ADAPTING_ADAPTER &&
+               m->adapter[0] != '\0';
+    bool by_itself = m->adapting_case == CHOIR__V1__GENERATE_REQUEST__ADAPTING_AUTO_ADAPTER &&
+                     m->auto_adapter;
+    if ((one || by_itself) && m->n_mix != 0)
+        return choir_fail(CHOIR_E_INVALID,
+                          "at most one of adapter, auto_adapter and mix may be set");
+    if (by_itself)
+        return choir_fail(CHOIR_E_PRECONDITION,
+                          "auto_adapter: the router does not choose adapters yet; name one in "
+                          "adapter, or leave it out");
+    if (!one && m->n_mix == 0) return CHOIR_OK;
+    r->request.adapters = r->adapters;
+    if (!one) return take_mix(r);
+    r->adapters[0] = (choir_request_adapter){m->adapter, 1};
+    r->request.n_adapters = 1;
+    return CHOIR_OK;
+}
+
 /* --- what is not there yet */
 
 static choir_status check_capabilities(const choir_generate_request *r)
 {
     const Choir__V1__GenerateRequest *m = r->message;
-    const char *asked = NULL;
-    if (m->adapting_case == CHOIR__V1__GENERATE_REQUEST__ADAPTING_ADAPTER && m->adapter[0] != '\0')
-        asked = "adapter";
-    if (m->adapting_case == CHOIR__V1__GENERATE_REQUEST__ADAPTING_AUTO_ADAPTER && m->auto_adapter)
-        asked = "auto_adapter";
-    if (m->n_mix != 0) asked = asked == NULL ? "mix" : "";
-    if (asked != NULL && asked[0] == '\0')
-        return choir_fail(CHOIR_E_INVALID,
-                          "at most one of adapter, auto_adapter and mix may be set");
-    if (asked != NULL)
-        return choir_fail(CHOIR_E_PRECONDITION, "%s: adapters are not there yet; leave it out",
-                          asked);
     if (m->ensemble[0] != '\0')
         return choir_fail(CHOIR_E_PRECONDITION,
                           "ensemble: Mixture-of-Agents is not there yet; leave it out");
@@ -347,6 +389,7 @@ choir_status choir_generate_request_resolve(choir_generate_request *r,
     const Choir__V1__GenerateRequest *m = r->message;
     r->model = model;
     CHOIR_TRY(check_capabilities(r));
+    CHOIR_TRY(resolve_adapters(r));
     CHOIR_TRY(resolve_sampling(r));
     CHOIR_TRY(check_sampling(r));
     CHOIR_TRY(resolve_prompt(r));

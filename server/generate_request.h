@@ -16,6 +16,7 @@ typedef struct choir_generate_request {
     char id[129];
     uint32_t *tokens; /* NULL when they lie in the message */
     choir_logit_bias *logit_bias;
+    choir_request_adapter adapters[CHOIR_MAX_MIX];
     bool return_routes;
     choir_request request;
 } choir_generate_request;

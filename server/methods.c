@@ -11,8 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
-static choir_status read_request(choir_call *call, const ProtobufCMessageDescriptor *type,
-                                 void *out)
+choir_status choir_call_request(choir_call *call, const ProtobufCMessageDescriptor *type, void *out)
 {
     ProtobufCMessage *message;
     CHOIR_TRY(choir_message_read(type, choir_request_rules, choir_n_request_rules, call->data,
@@ -21,7 +20,7 @@ static choir_status read_request(choir_call *call, const ProtobufCMessageDescrip
     return CHOIR_OK;
 }
 
-static void reply(choir_call *call, grpc_slice message)
+void choir_call_answer(choir_call *call, grpc_slice message)
 {
     pthread_mutex_lock(&call->lock);
     choir_call_reply(call, message);
@@ -111,7 +110,7 @@ static choir_status reply_tokens(choir_call *call, const choir_server_model *mod
         response.n_pieces = n;
         response.pieces = pieces;
     }
-    reply(call, choir_message_pack(&response.base));
+    choir_call_answer(call, choir_message_pack(&response.base));
     choir_free(pieces);
     return CHOIR_OK;
 }
@@ -131,7 +130,7 @@ static choir_status tokenize(choir_call *call, const Choir__V1__TokenizeRequest 
 static void prepare_tokenize(choir_call *call)
 {
     Choir__V1__TokenizeRequest *request = NULL;
-    choir_status status = read_request(call, &choir__v1__tokenize_request__descriptor, &request);
+    choir_status status = choir_call_request(call, &choir__v1__tokenize_request__descriptor, &request);
     if (status == CHOIR_OK) status = tokenize(call, request);
     choir_message_free((ProtobufCMessage *)request);
     if (status != CHOIR_OK) choir_call_fail(call, status);
@@ -151,7 +150,7 @@ static choir_status detokenize(choir_call *call, const Choir__V1__DetokenizeRequ
                                      request->skip_special_tokens, &text, &bytes));
     Choir__V1__DetokenizeResponse response = CHOIR__V1__DETOKENIZE_RESPONSE__INIT;
     enum { RESPONSE_TEXT = 1 };
-    reply(call, choir_message_pack_with_text(&response.base, RESPONSE_TEXT, text, bytes));
+    choir_call_answer(call, choir_message_pack_with_text(&response.base, RESPONSE_TEXT, text, bytes));
     choir_free(text);
     return CHOIR_OK;
 }
@@ -159,7 +158,7 @@ static choir_status detokenize(choir_call *call, const Choir__V1__DetokenizeRequ
 static void prepare_detokenize(choir_call *call)
 {
     Choir__V1__DetokenizeRequest *request = NULL;
-    choir_status status = read_request(call, &choir__v1__detokenize_request__descriptor, &request);
+    choir_status status = choir_call_request(call, &choir__v1__detokenize_request__descriptor, &request);
     if (status == CHOIR_OK) status = detokenize(call, request);
     choir_message_free((ProtobufCMessage *)request);
     if (status != CHOIR_OK) choir_call_fail(call, status);
@@ -217,7 +216,7 @@ static void prepare_list_models(choir_call *call)
     }
     response.n_models = s->n_models;
     response.models = list;
-    reply(call, choir_message_pack(&response.base));
+    choir_call_answer(call, choir_message_pack(&response.base));
     choir_free(entries);
 }
 
@@ -230,13 +229,15 @@ static void reply_stats(choir_call *call, const choir_server_model *only, bool w
     Choir__V1__ServerStats server;
     Choir__V1__ModelStats models[CHOIR_SERVER_MAX_MODELS], *list[CHOIR_SERVER_MAX_MODELS];
     Choir__V1__ExpertStats experts[CHOIR_SERVER_MAX_MODELS];
+    Choir__V1__AdapterStats adapters[CHOIR_SERVER_MAX_MODELS];
     void *heat[CHOIR_SERVER_MAX_MODELS] = {NULL};
     Choir__V1__MemoryUse memory[CHOIR_MEM_N_TAGS], *memory_list[CHOIR_MEM_N_TAGS];
     choir_stats_fill_server(s, &server);
     for (uint32_t i = 0; i < s->n_models; i++) {
         if (only != NULL && only != &s->models[i]) continue;
         list[response.n_models] = &models[response.n_models];
-        choir_stats_fill_model(&s->models[i], &models[response.n_models++], &experts[i]);
+        choir_stats_fill_model(&s->models[i], &models[response.n_models++], &experts[i],
+                               &adapters[i]);
         if (want_heat && list[response.n_models - 1]->experts != NULL)
             heat[i] = choir_stats_fill_heat(&s->models[i], &experts[i]);
     }
@@ -250,7 +251,7 @@ static void reply_stats(choir_call *call, const choir_server_model *only, bool w
     server.memory = memory_list;
     response.models = list;
     response.server = &server;
-    reply(call, choir_message_pack(&response.base));
+    choir_call_answer(call, choir_message_pack(&response.base));
     for (uint32_t i = 0; i < s->n_models; i++) choir_free(heat[i]);
 }
 
@@ -258,7 +259,7 @@ static void prepare_get_stats(choir_call *call)
 {
     Choir__V1__GetStatsRequest *request = NULL;
     const choir_server_model *only = NULL;
-    choir_status status = read_request(call, &choir__v1__get_stats_request__descriptor, &request);
+    choir_status status = choir_call_request(call, &choir__v1__get_stats_request__descriptor, &request);
     bool want_heat = status == CHOIR_OK && request->expert_heat;
     if (status == CHOIR_OK && request->model[0] != '\0')
         status = choir_server_find_model(call->server, request->model, &only);
@@ -302,7 +303,6 @@ static void pump_reflection(choir_call *call)
 
 // clang-format off
 #define CHOIR_PATH(name) "/choir.v1.Choir/" name
-#define NO_ADAPTERS "adapters are not there yet: this server answers with the model alone"
 #define NO_FEEDBACK "feedback is not there yet: this server does not learn from it"
 #define NO_ROUTERS  "router versions are not there yet: this server uses the model's own gates"
 static const choir_method methods[] = {
@@ -312,9 +312,9 @@ static const choir_method methods[] = {
     {.path = CHOIR_PATH("Detokenize"), .parsed = true, .prepare = prepare_detokenize},
     {.path = CHOIR_PATH("ListModels"), .prepare = prepare_list_models},
     {.path = CHOIR_PATH("GetStats"), .parsed = true, .prepare = prepare_get_stats},
-    {.path = CHOIR_PATH("LoadAdapter"), .missing = NO_ADAPTERS},
-    {.path = CHOIR_PATH("UnloadAdapter"), .missing = NO_ADAPTERS},
-    {.path = CHOIR_PATH("ListAdapters"), .missing = NO_ADAPTERS},
+    {.path = CHOIR_PATH("LoadAdapter"), .slow = true, .prepare = choir_adapters_prepare_load},
+    {.path = CHOIR_PATH("UnloadAdapter"), .parsed = true, .prepare = choir_adapters_prepare_unload},
+    {.path = CHOIR_PATH("ListAdapters"), .parsed = true, .prepare = choir_adapters_prepare_list},
     {.path = CHOIR_PATH("Feedback"), .missing = NO_FEEDBACK},
     {.path = CHOIR_PATH("ListRouterVersions"), .missing = NO_ROUTERS},
     {.path = CHOIR_PATH("PromoteRouter"), .missing = NO_ROUTERS},

@@ -130,13 +130,38 @@ static void put_server(writer *w)
     }
 }
 
-static void put_models(writer *w, choir_numbers numbers, bool streamed_only)
+/* Which models have the numbers. */
+static bool all_models(const writer *w, uint32_t m)
 {
+    (void)w, (void)m;
+    return true;
+}
+
+static bool streams(const writer *w, uint32_t m)
+{
+    return w->stats[m].experts.streamed;
+}
+
+static bool takes_adapters(const writer *w, uint32_t m)
+{
+    return choir_scheduler_adapters(w->server->models[m].scheduler) != NULL;
+}
+
+static bool any_model(const writer *w, bool (*has)(const writer *w, uint32_t m))
+{
+    uint32_t m = 0;
+    while (m < w->server->n_models && !has(w, m)) m++;
+    return m < w->server->n_models;
+}
+
+static void put_models(writer *w, choir_numbers numbers, bool (*has)(const writer *w, uint32_t m))
+{
+    if (!any_model(w, has)) return;
     for (size_t i = 0; i < numbers.n; i++) {
         const choir_number *number = &numbers.at[i];
         put_number_head(w, number);
         for (uint32_t m = 0; m < w->server->n_models; m++) {
-            if (streamed_only && !w->stats[m].experts.streamed) continue;
+            if (!has(w, m)) continue;
             open_labels(w, number->name, "", "model", w->server->models[m].name);
             put_bytes(w, "} ", 2);
             put_value(w, number, &w->stats[m]);
@@ -193,10 +218,8 @@ static void put_heat(writer *w, const choir_server_model *model)
 static void put_experts(writer *w, bool with_heat)
 {
     const choir_server *s = w->server;
-    bool any = false;
-    for (uint32_t m = 0; m < s->n_models; m++) any = any || w->stats[m].experts.streamed;
-    if (!any) return;
-    put_models(w, choir_expert_numbers, true);
+    if (!any_model(w, streams)) return;
+    put_models(w, choir_expert_numbers, streams);
     put_head(w, "choir_expert_streaming_info", "gauge",
              "How experts are read, and who is evicted.");
     for (uint32_t m = 0; m < s->n_models; m++)
@@ -220,7 +243,8 @@ choir_status choir_metrics_write(choir_server *server, bool with_heat, struct ev
     for (uint32_t m = 0; m < server->n_models; m++)
         choir_scheduler_get_stats(server->models[m].scheduler, &w.stats[m]);
     put_server(&w);
-    put_models(&w, choir_model_numbers, false);
+    put_models(&w, choir_model_numbers, all_models);
+    put_models(&w, choir_adapter_numbers, takes_adapters);
     put_experts(&w, with_heat);
     choir_free(w.stats);
     return w.failed ? choir_fail(CHOIR_E_NO_MEMORY, "no memory for the metrics") : CHOIR_OK;

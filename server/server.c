@@ -13,7 +13,10 @@
 #include <sys/random.h>
 #include <unistd.h>
 
-enum { SLOTS = 64 }; /* calls that may arrive while the completion thread is busy */
+enum {
+    SLOTS = 64,   /* calls that may arrive while the completion thread is busy */
+    MAX_SLOW = 64 /* calls that may wait for the slow thread */
+};
 
 /* gRPC's own log lines become ours; its chatter about lost peers is of no use to an operator. */
 static void log_line(gpr_log_func_args *line)
@@ -140,6 +143,7 @@ static choir_status fill(choir_server *s, const choir_server_options *options,
         choir_proto_descriptors, (size_t)(choir_proto_descriptors_end - choir_proto_descriptors),
         &s->reflection));
     CHOIR_TRY(choir_queue_create(s->options.max_parsing, &s->parse_queue));
+    CHOIR_TRY(choir_queue_create(MAX_SLOW, &s->slow_queue));
     CHOIR_TRY(choir_queue_create(0, &s->wake_queue));
     s->parsers = choir_calloc(CHOIR_MEM_SERVER, s->options.n_parsers, sizeof *s->parsers);
     if (s->parsers == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the server");
@@ -203,14 +207,24 @@ static void *run_completions(void *arg)
 
 #define CALL_OF(node_, member) ((choir_call *)((char *)(node_)-offsetof(choir_call, member)))
 
-static void *run_parser(void *arg)
+static void prepare_calls(choir_queue *queue)
 {
-    choir_server *s = arg;
-    for (choir_node *node; (node = choir_queue_pop(s->parse_queue)) != NULL;) {
+    for (choir_node *node; (node = choir_queue_pop(queue)) != NULL;) {
         choir_call *call = CALL_OF(node, work);
         call->method->prepare(call);
         choir_call_drop(call);
     }
+}
+
+static void *run_parser(void *arg)
+{
+    prepare_calls(((choir_server *)arg)->parse_queue);
+    return NULL;
+}
+
+static void *run_slow(void *arg)
+{
+    prepare_calls(((choir_server *)arg)->slow_queue);
     return NULL;
 }
 
@@ -323,6 +337,8 @@ static choir_status start_threads(choir_server *s)
     s->completion_started = true;
     CHOIR_TRY(choir_thread_start(&s->pump_thread, "choir-pump", run_pump, s));
     s->pump_started = true;
+    CHOIR_TRY(choir_thread_start(&s->slow_thread, "choir-slow", run_slow, s));
+    s->slow_started = true;
     for (; s->n_parsers_started < s->options.n_parsers; s->n_parsers_started++)
         CHOIR_TRY(
             choir_thread_start(&s->parsers[s->n_parsers_started], "choir-parse", run_parser, s));
@@ -431,8 +447,10 @@ static void shut_down(choir_server *s)
         pthread_mutex_unlock(&s->phase_lock);
     }
     if (s->parse_queue != NULL) choir_queue_close(s->parse_queue);
+    if (s->slow_queue != NULL) choir_queue_close(s->slow_queue);
     if (s->wake_queue != NULL) choir_queue_close(s->wake_queue);
     for (uint32_t i = 0; i < s->n_parsers_started; i++) pthread_join(s->parsers[i], NULL);
+    if (s->slow_started) pthread_join(s->slow_thread, NULL);
     if (s->pump_started) pthread_join(s->pump_thread, NULL);
 }
 
@@ -465,6 +483,7 @@ void choir_server_destroy(choir_server *s)
     choir_http_stop(s->http); /* last, so that it tells of the way down */
     release_grpc(s);
     choir_queue_destroy(s->parse_queue);
+    choir_queue_destroy(s->slow_queue);
     choir_queue_destroy(s->wake_queue);
     choir_reflection_destroy(s->reflection);
     choir_arena_destroy(s->copies);

@@ -24,6 +24,7 @@ typedef struct choir_server_model {
     const choir_tokenizer *tokenizer;
     const choir_chat_template *chat_template; /* NULL: `chat` is refused */
     choir_scheduler *scheduler;
+    choir_adapter_type adapter_type; /* how the scheduler's adapters lie in memory */
     uint32_t max_tokens; /* prompt and answer; 0: config->max_positions */
     uint64_t digest;     /* of the weights; shown by ListModels */
 } choir_server_model;

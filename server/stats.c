@@ -96,6 +96,36 @@ static const choir_number expert_numbers[] = {
 };
 const choir_numbers choir_expert_numbers = {expert_numbers, sizeof expert_numbers / sizeof *expert_numbers};
 
+#define ADAPTER(from, to, ...) \
+    {MEMBER(choir_scheduler_stats, adapters.from), MEMBER(Choir__V1__AdapterStats, to), __VA_ARGS__}
+#define ADAPTER_OWN(from, ...) OWN(adapters.from, __VA_ARGS__)
+static const choir_number adapter_numbers[] = {
+    ADAPTER(n_names, registered, GAUGE, "choir_adapters_registered", "Names of adapters."),
+    ADAPTER(n_resident, resident, GAUGE, "choir_adapters_resident",
+            "Adapters in memory, superseded versions that requests still use included."),
+    ADAPTER(n_loading, loading, GAUGE, "choir_adapters_loading", "Adapters that are being read."),
+    ADAPTER(n_failed, failed, GAUGE, "choir_adapters_failed", "Adapters that could not be read the last time."),
+    ADAPTER(n_quarantined, quarantined, GAUGE, "choir_adapters_quarantined",
+            "Adapters whose logits were no numbers too often; nobody gets them until they are loaded anew."),
+    ADAPTER(n_claims, in_use, GAUGE, "choir_adapters_in_use", "Uses by requests that wait or run."),
+    ADAPTER(budget_bytes, budget_bytes, GAUGE, "choir_adapter_budget_bytes", "Memory that adapters may take."),
+    ADAPTER(held_bytes, held_bytes, GAUGE, "choir_adapter_held_bytes",
+            "Memory that adapters take, or have reserved to be read into."),
+    ADAPTER(n_requests, requests, COUNTER, "choir_adapter_requests_total", "Uses by requests."),
+    ADAPTER(n_loads, loads, COUNTER, "choir_adapter_loads_total", "Adapters read into memory."),
+    ADAPTER(n_failures, load_failures, COUNTER, "choir_adapter_load_failures_total", "Loads that failed."),
+    ADAPTER_OWN(load_ns, SECONDS, "choir_adapter_load_seconds_total",
+                "Time of all loads, from the first read to the last byte in place."),
+    ADAPTER(bytes_read, bytes_read, COUNTER, "choir_adapter_read_bytes_total", "Bytes read from the disk."),
+    ADAPTER_OWN(n_retries, COUNTER, "choir_adapter_read_retries_total", "Reads tried again."),
+    ADAPTER(n_evictions, evictions, COUNTER, "choir_adapter_evictions_total", "Adapters that made room for others."),
+    ADAPTER(n_waits, waits, COUNTER, "choir_adapter_waits_total", "Requests that had to wait for an adapter."),
+    ADAPTER_OWN(wait_ns, SECONDS, "choir_adapter_wait_seconds_total", "Time that requests waited for adapters."),
+    ADAPTER_OWN(n_poisoned, COUNTER, "choir_adapter_poisoned_total",
+                "Requests with an adapter whose logits were no numbers."),
+};
+const choir_numbers choir_adapter_numbers = {adapter_numbers, sizeof adapter_numbers / sizeof *adapter_numbers};
+
 #define SERVER(from, ...) {MEMBER(Choir__V1__ServerStats, from), {0}, __VA_ARGS__}
 static const choir_number server_numbers[] = {
     SERVER(uptime_s, GAUGE, "choir_uptime_seconds", "Time since the server started."),
@@ -178,8 +208,16 @@ void *choir_stats_fill_heat(const choir_server_model *model, Choir__V1__ExpertSt
     return block;
 }
 
+static void fill_adapters(const choir_scheduler_stats *s, Choir__V1__AdapterStats *to)
+{
+    choir__v1__adapter_stats__init(to);
+    put_all(choir_adapter_numbers, s, to);
+    to->load_ms = (double)s->adapters.load_ns / CHOIR_MS;
+    to->wait_ms = (double)s->adapters.wait_ns / CHOIR_MS;
+}
+
 void choir_stats_fill_model(const choir_server_model *model, Choir__V1__ModelStats *to,
-                            Choir__V1__ExpertStats *experts)
+                            Choir__V1__ExpertStats *experts, Choir__V1__AdapterStats *adapters)
 {
     choir_scheduler_stats s;
     choir_scheduler_get_stats(model->scheduler, &s);
@@ -189,6 +227,10 @@ void choir_stats_fill_model(const choir_server_model *model, Choir__V1__ModelSta
     to->last_step_ms = (double)s.last_step_ns / CHOIR_MS;
     to->mean_step_ms = ratio(s.step_ns_total, s.n_steps) / CHOIR_MS;
     to->mean_batch_rows = ratio(s.rows_total, s.n_steps);
+    if (choir_scheduler_adapters(model->scheduler) != NULL) {
+        fill_adapters(&s, adapters);
+        to->adapters = adapters;
+    }
     if (!s.experts.streamed) return;
     fill_experts(&s, experts);
     to->experts = experts;

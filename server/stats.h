@@ -44,11 +44,12 @@ typedef struct choir_numbers {
 
 extern const choir_numbers choir_model_numbers;  /* to Choir__V1__ModelStats */
 extern const choir_numbers choir_expert_numbers; /* to Choir__V1__ExpertStats; where streamed */
+extern const choir_numbers choir_adapter_numbers; /* to Choir__V1__AdapterStats; where there are any */
 extern const choir_numbers choir_server_numbers; /* from Choir__V1__ServerStats */
 
-/* to->experts is `experts` if the model streams them. */
+/* to->experts is `experts` if the model streams them, to->adapters is `adapters` if it takes any. */
 void choir_stats_fill_model(const choir_server_model *model, Choir__V1__ModelStats *to,
-                            Choir__V1__ExpertStats *experts);
+                            Choir__V1__ExpertStats *experts, Choir__V1__AdapterStats *adapters);
 /* A model's heat, layer by layer; NULL: it streams none, or memory lacks. One block, for
  * choir_free(). */
 void *choir_stats_fill_heat(const choir_server_model *model, Choir__V1__ExpertStats *to);

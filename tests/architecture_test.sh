@@ -24,7 +24,7 @@ declare -A public=(
     [base]='base/*.h'
     [engine/kernels]='engine/kernels/kernels.h'
     [engine]='engine/engine.h engine/model_file.h engine/tokenizer.h engine/sampler.h engine/chat_template.h
-              engine/chat_variables.h'
+              engine/chat_variables.h engine/adapter_file.h engine/adapter.h'
     [router]='router/router.h'
     [experts]='experts/experts.h'
     [scheduler]='scheduler/scheduler.h'
@@ -34,7 +34,8 @@ declare -A public=(
     [tune]='tune/tune.h'
 )
 # The engine's parts that read model files, gates and tensors for surgery are open to tune/.
-tune_extra='engine/pack_file.h engine/gguf.h engine/safetensors.h engine/families/families.h'
+tune_extra='engine/pack_file.h engine/gguf.h engine/safetensors.h engine/families/families.h
+            engine/adapter_pairs.h engine/philox.h'
 
 folder_of() { # path of a file below one of the folders above, or nothing
     case $1 in

@@ -1,25 +1,26 @@
-/* WHAT    A PEFT LoRA adapter on the MLP of a dense model, read for merging: delta W = scale * B A
- *         (Hu et al. 2021); scale = alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023).
+/* WHAT    A LoRA adapter on the MLP of a dense model, read for merging: delta W = scale * B A
+ *         (Hu et al. 2021).
  * OWNS    A and B as f32.
  * THREADS Read-only after open.
- * ERRORS  CHOIR_E_FORMAT, CHOIR_E_INVALID (names the tensor or the field), CHOIR_E_UNIMPLEMENTED.
- * LIMITS  gate_proj, up_proj and down_proj only; ranks up to 1024.
+ * ERRORS  As engine/adapter_file.h; CHOIR_E_INVALID and CHOIR_E_UNIMPLEMENTED for what no expert can take over.
+ * LIMITS  gate_proj, up_proj and down_proj only.
  * NEXT    tune/weights.h */
 #pragma once
-#include "engine/model_file.h"
+#include "engine/adapter_file.h"
 
 enum { CHOIR_TUNE_GATE, CHOIR_TUNE_UP, CHOIR_TUNE_DOWN, CHOIR_TUNE_N_PARTS };
 
 typedef struct choir_tune_lora {
     uint32_t rank; /* 0: this matrix has no adapter */
     float scale;
-    float *a; /* [rank, inputs] */
-    float *b; /* [outputs, rank] */
+    const float *a; /* [rank, inputs] */
+    const float *b; /* [outputs, rank] */
 } choir_tune_lora;
 
 typedef struct choir_tune_adapter {
     uint32_t n_layers;
-    choir_tune_lora *loras; /* [n_layers, CHOIR_TUNE_N_PARTS] */
+    choir_adapter_data *data; /* what the loras point to */
+    choir_tune_lora *loras;   /* [n_layers, CHOIR_TUNE_N_PARTS] */
 } choir_tune_adapter;
 
 choir_status choir_tune_adapter_open(const char *folder, const choir_model_config *base,

@@ -1,14 +1,10 @@
 #include "tune/folder_out.h"
 
 #include "tune/hf_files.h"
+#include "tune/out_folder.h"
 
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 enum { MAX_PATH_BYTES = 4096 };
 
@@ -21,7 +17,7 @@ typedef struct shard {
 typedef struct output {
     const choir_tune_moe *moe;
     const choir_tune_folder *folder;
-    char temporary[MAX_PATH_BYTES]; /* the folder while it is written */
+    choir_tune_out_folder place;
     choir_tune_plan plan;
     shard *shards;
     size_t n_shards;
@@ -73,19 +69,11 @@ static json_t *header_of(const output *o, const shard *s)
     return header;
 }
 
-/* The header's length, the header padded with spaces to 8 bytes, the data. */
 static choir_status write_shard(output *o, const shard *s, choir_save *save)
 {
-    json_t *header = header_of(o, s);
-    char *text = header == NULL ? NULL : json_dumps(header, JSON_COMPACT);
-    json_decref(header);
-    if (text == NULL)
-        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the header of %s", s->name);
-    uint64_t n = strlen(text), padded = (n + 7) / 8 * 8;
-    choir_status status = choir_save_write(save, &padded, sizeof padded);
-    if (status == CHOIR_OK) status = choir_save_write(save, text, n);
-    if (status == CHOIR_OK) status = choir_save_write(save, "        ", padded - n);
-    free(text);
+    uint64_t bytes;
+    CHOIR_TRY(choir_tune_save_header(save, s->name, header_of(o, s), &bytes));
+    choir_status status = CHOIR_OK;
     for (size_t i = s->begin; i < s->end && status == CHOIR_OK; i++)
         status = choir_tune_write(&o->writer, &o->plan.items[i], save);
     return status;
@@ -95,7 +83,7 @@ static choir_status save_shard(output *o, const shard *s)
 {
     char path[MAX_PATH_BYTES + 80];
     choir_save save;
-    snprintf(path, sizeof path, "%s/%s", o->temporary, s->name);
+    snprintf(path, sizeof path, "%s/%s", o->place.temporary, s->name);
     CHOIR_TRY(choir_save_begin(path, &save));
     choir_status status = write_shard(o, s, &save);
     if (status == CHOIR_OK) return choir_save_commit(&save);
@@ -109,7 +97,7 @@ static choir_status save_index(const output *o)
     for (size_t k = 0; k < o->n_shards; k++)
         for (size_t i = o->shards[k].begin; i < o->shards[k].end; i++)
             choir_tune_json_set(&map, o->plan.items[i].name, json_string(o->shards[k].name));
-    return choir_tune_save_json(o->temporary, "model.safetensors.index.json",
+    return choir_tune_save_json(o->place.temporary, "model.safetensors.index.json",
                                 json_pack("{s:{s:I}, s:o}", "metadata", "total_size",
                                           (json_int_t)o->plan.bytes, "weight_map", map));
 }
@@ -132,44 +120,16 @@ static choir_status save_weights(output *o)
     return status;
 }
 
-/* The folder is ours and flat; a link of that name is not followed. */
-static void remove_folder(const char *path)
-{
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    DIR *folder = fd < 0 ? NULL : fdopendir(fd);
-    if (folder == NULL) {
-        if (fd >= 0) close(fd);
-        return;
-    }
-    const struct dirent *entry;
-    while ((entry = readdir(folder)) != NULL)
-        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
-            unlinkat(dirfd(folder), entry->d_name, 0);
-    closedir(folder);
-    rmdir(path);
-}
-
-static choir_status finish(const output *o)
-{
-    /* rename() would replace an empty folder that came meanwhile, and nothing else. */
-    if (rename(o->temporary, o->folder->path) != 0)
-        return choir_fail(errno == EEXIST || errno == ENOTEMPTY ? CHOIR_E_EXISTS : CHOIR_E_IO,
-                          "cannot name the new folder %s: %m", o->folder->path);
-    return choir_folder_sync(o->folder->path);
-}
-
 static choir_status write_folder(output *o)
 {
     CHOIR_TRY(choir_tune_plan_make(o->moe, o->folder->dtype, false, &o->plan));
     CHOIR_TRY(cut_shards(o));
     CHOIR_TRY(choir_tune_check_space(o->folder->path, o->plan.bytes));
-    /* A killed process of this number may have left its folder, with an index of other files. */
-    remove_folder(o->temporary);
-    CHOIR_TRY(choir_folder_make(o->temporary));
-    choir_status status = choir_tune_save_hf_files(o->moe, o->folder->dtype, o->temporary);
+    CHOIR_TRY(choir_tune_out_folder_begin(o->folder->path, &o->place));
+    choir_status status = choir_tune_save_hf_files(o->moe, o->folder->dtype, o->place.temporary);
     if (status == CHOIR_OK) status = save_weights(o);
-    if (status == CHOIR_OK) status = finish(o);
-    if (status != CHOIR_OK) remove_folder(o->temporary);
+    if (status == CHOIR_OK) status = choir_tune_out_folder_commit(&o->place);
+    if (status != CHOIR_OK) choir_tune_out_folder_abandon(&o->place);
     return status;
 }
 
@@ -183,9 +143,6 @@ choir_status choir_tune_write_folder(const choir_tune_moe *moe, const choir_tune
             "file as the output",
             choir_model_file_path(moe->base));
     output o = {.moe = moe, .folder = folder};
-    size_t n = strlen(folder->path);
-    while (n > 1 && folder->path[n - 1] == '/') n--;
-    snprintf(o.temporary, sizeof o.temporary, "%.*s.tmp-%ld", (int)n, folder->path, (long)getpid());
     choir_status status = write_folder(&o);
     choir_free(o.shards);
     choir_tune_plan_free(&o.plan);

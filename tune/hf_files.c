@@ -46,9 +46,8 @@ void choir_tune_json_append(json_t **array, json_t *value)
     give_up_if(json_array_append_new(*array, value) != 0, array);
 }
 
-/* Copies a small file if it is there. */
-static choir_status copy_file(const char *from_folder, const char *from, const char *folder,
-                              const char *name)
+choir_status choir_tune_copy_file(const char *from_folder, const char *from, const char *folder,
+                                  const char *name)
 {
     char path[MAX_PATH_BYTES], *text;
     size_t bytes;
@@ -58,6 +57,21 @@ static choir_status copy_file(const char *from_folder, const char *from, const c
     CHOIR_TRY(choir_file_read(path, MAX_COPY_BYTES, &text, &bytes));
     choir_status status = choir_tune_save_text(folder, name, text, bytes);
     choir_free(text);
+    return status;
+}
+
+choir_status choir_tune_save_header(choir_save *save, const char *name, json_t *header,
+                                    uint64_t *bytes)
+{
+    char *text = header == NULL ? NULL : json_dumps(header, JSON_COMPACT);
+    json_decref(header);
+    if (text == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the header of %s", name);
+    uint64_t n = strlen(text), padded = (n + 7) / 8 * 8;
+    choir_status status = choir_save_write(save, &padded, sizeof padded);
+    if (status == CHOIR_OK) status = choir_save_write(save, text, n);
+    if (status == CHOIR_OK) status = choir_save_write(save, "        ", padded - n);
+    free(text);
+    *bytes = sizeof padded + padded;
     return status;
 }
 
@@ -187,7 +201,7 @@ static choir_status copy_notices(const choir_tune_moe *moe, const char *folder)
     for (uint32_t e = 1; e < moe->n_experts; e++) {
         char name[128];
         snprintf(name, sizeof name, "COPYRIGHT.%s", moe->names[e]);
-        CHOIR_TRY(copy_file(moe->adapter_folders[e], "COPYRIGHT", folder, name));
+        CHOIR_TRY(choir_tune_copy_file(moe->adapter_folders[e], "COPYRIGHT", folder, name));
     }
     return CHOIR_OK;
 }
@@ -207,7 +221,7 @@ choir_status choir_tune_save_hf_files(const choir_tune_moe *moe, choir_dtype dty
     if (gguf != NULL)
         CHOIR_TRY(choir_tune_save_tokenizer(gguf, moe->config->max_positions, folder));
     for (size_t i = 0; gguf == NULL && i < sizeof copied / sizeof *copied; i++)
-        CHOIR_TRY(copy_file(choir_model_file_path(moe->base), copied[i], folder, copied[i]));
+        CHOIR_TRY(choir_tune_copy_file(choir_model_file_path(moe->base), copied[i], folder, copied[i]));
     CHOIR_TRY(copy_notices(moe, folder));
     return save_readme(moe, folder);
 }

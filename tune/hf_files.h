@@ -19,6 +19,13 @@ choir_status choir_tune_save_json(const char *folder, const char *name,
                                   json_t *json) CHOIR_MUST_USE;
 choir_status choir_tune_save_text(const char *folder, const char *name, const char *text,
                                   size_t bytes) CHOIR_MUST_USE;
+/* Copies a small file if it is there. */
+choir_status choir_tune_copy_file(const char *from_folder, const char *from, const char *folder,
+                                  const char *name) CHOIR_MUST_USE;
+/* The beginning of a safetensors file called `name`: the header's length, the header padded with
+ * spaces to 8 bytes. Takes the reference; NULL is a lack of memory. */
+choir_status choir_tune_save_header(choir_save *save, const char *name, json_t *header,
+                                    uint64_t *bytes) CHOIR_MUST_USE;
 
 /* config.json, generation_config.json and the tokenizer's files. */
 choir_status choir_tune_save_hf_files(const choir_tune_moe *moe, choir_dtype dtype,

@@ -5,8 +5,8 @@
  * ERRORS  CHOIR_E_INVALID (an option; an adapter that does not fit, with the tensor's name),
  *         CHOIR_E_UNIMPLEMENTED (DoRA, a family whose MLP has no Mixtral form), CHOIR_E_EXISTS (the output
  *         folder is there), CHOIR_E_IO (with what is needed and what is free), CHOIR_E_DATA_LOSS (NaN).
- * LIMITS  64 experts. Memory: the adapters as f32, and a few MiB; weights are streamed.
- * NEXT    tune/upcycle.c */
+ * LIMITS  64 experts, 64 adapters that are merged. Memory: the adapters as f32, and a few MiB; weights are streamed.
+ * NEXT    tune/upcycle.c, tune/pack_out.c, tune/merge.c */
 #pragma once
 #include "engine/engine.h"
 
@@ -63,3 +63,69 @@ choir_status choir_pack_write(const choir_pack_options *options) CHOIR_MUST_USE;
 
 /* A GGUF output replaces a file of that name; a folder must not be there. */
 choir_status choir_upcycle(const choir_upcycle_options *options) CHOIR_MUST_USE;
+
+/* X(name, text, where it prunes first, whether signs are elected, whether it works on B A and
+ * decomposes the result instead of working on A and on B). The words and the arithmetic are those
+ * of PEFT's add_weighted_adapter(). */
+#define CHOIR_MERGE_METHODS(X)                                                                     \
+    X(LINEAR, "linear", NOTHING, false, false)                                                     \
+    X(CAT, "cat", NOTHING, false, false)                                                           \
+    X(SVD, "svd", NOTHING, false, true)                                                            \
+    X(TIES, "ties", SMALL, true, false)                                                            \
+    X(TIES_SVD, "ties_svd", SMALL, true, true)                                                     \
+    X(DARE_LINEAR, "dare_linear", RANDOM, false, false)                                            \
+    X(DARE_LINEAR_SVD, "dare_linear_svd", RANDOM, false, true)                                     \
+    X(DARE_TIES, "dare_ties", RANDOM, true, false)                                                 \
+    X(DARE_TIES_SVD, "dare_ties_svd", RANDOM, true, true)                                          \
+    X(MAGNITUDE_PRUNE, "magnitude_prune", SMALL, false, false)                                     \
+    X(MAGNITUDE_PRUNE_SVD, "magnitude_prune_svd", SMALL, false, true)
+typedef enum choir_merge_method {
+#define X(name, text, prunes, elects, svd) CHOIR_MERGE_##name,
+    CHOIR_MERGE_METHODS(X)
+#undef X
+    CHOIR_N_MERGE_METHODS
+} choir_merge_method;
+typedef enum choir_merge_pruning {
+    CHOIR_MERGE_PRUNES_NOTHING,
+    CHOIR_MERGE_PRUNES_SMALL,  /* the smallest go, `density` of the numbers stay */
+    CHOIR_MERGE_PRUNES_RANDOM, /* each stays with the probability `density`, divided by it */
+} choir_merge_pruning;
+typedef struct choir_merge_method_info {
+    const char *text;
+    choir_merge_pruning pruning;
+    bool elects, svd;
+} choir_merge_method_info;
+const choir_merge_method_info *choir_merge_method_of(choir_merge_method method);
+
+typedef struct choir_merge_adapter {
+    const char *folder; /* PEFT's LoRA or rsLoRA: adapter_config.json, adapter_model.safetensors */
+    double weight;      /* of what it adds to the base; of either sign */
+} choir_merge_adapter;
+
+enum { CHOIR_MAX_MERGE = 64 };
+#define CHOIR_MERGE_MAX_WEIGHT 8.0
+
+/* `choir merge`: adapters of one base become one, as PEFT writes them, whole or not there. */
+typedef struct choir_merge_options {
+    const char *base; /* the model that all of them are for; only its shapes are read */
+    const char *out;  /* a folder to be made */
+    const choir_merge_adapter *adapters;
+    uint32_t n_adapters; /* 1 … CHOIR_MAX_MERGE */
+    choir_merge_method method;
+    double density;     /* over 0, up to 1: methods that prune */
+    bool by_frequency;  /* signs are elected by how many are for them, not by their sum */
+    uint32_t rank;      /* of what is decomposed; 0: the largest of the adapters' */
+    uint64_t seed;      /* of random pruning */
+    choir_dtype dtype;  /* F32, BF16, F16 */
+    uint32_t n_threads; /* 0: one per core; the result does not depend on it */
+    bool show_progress;
+    const volatile sig_atomic_t *interrupted; /* NULL, or stops soon, leaving nothing */
+} choir_merge_options;
+#define CHOIR_MERGE_OPTIONS_DEFAULT                                                                \
+    ((choir_merge_options){.method = CHOIR_MERGE_SVD, .density = 1, .dtype = CHOIR_F32})
+typedef struct choir_merge_result {
+    uint32_t rank;
+    uint64_t n_modules, bytes;
+} choir_merge_result;
+choir_status choir_merge(const choir_merge_options *options,
+                         choir_merge_result *out) CHOIR_MUST_USE;

@@ -25,8 +25,8 @@ import tiny_model
 
 CHOIR = str(pathlib.Path(sys.argv[1]).resolve())
 FAULTY_IO = pathlib.Path(CHOIR).parent / "tests/cli/libfaulty_io.so"
-VERBS = "serve chat generate logits tokenize detokenize perplexity info bench pack upcycle".split()
-LATER = "quantize convert merge prune adapter router data tune eval monitor".split()
+VERBS = "serve chat generate logits tokenize detokenize perplexity info bench pack upcycle adapter merge".split()
+LATER = "quantize convert prune router data tune eval monitor".split()
 
 
 def choir(*words, **options):
@@ -295,6 +295,15 @@ class Syncs(Faults):
         self.ok(*command)
         self.assertEqual(self.each(command, out, self.all(out), {}), 15)  # seven files, with the folder; its name
 
+    def test_merge(self):
+        adapter = self.folder / "to-merge"
+        tiny_model.write_adapter(adapter, scale=0.1)
+        out = self.folder / "merges" / "m"
+        self.empty(out)
+        command = ["merge", self.dense, "--adapter", adapter, "--adapter", f"{adapter}=0.5", "-o", out]
+        self.ok(*command)
+        self.assertEqual(self.each(command, out, self.all(out), {}), 7)  # three files, with the folder; its name
+
 
 class Usage(Case):
     def test_help(self):
@@ -330,7 +339,6 @@ class Usage(Case):
     def test_later_verbs_say_so(self):
         for verb in LATER:
             self.fails(1, f"'{verb}' is not there yet", verb, "x", "--y")
-        self.fails(1, "--adapter is not there yet", "generate", self.dense, "-p", "x", "--adapter", "y")
 
     def test_missing_files(self):
         for words in (["info", "/nowhere"], ["tokenize", "no-such-model", "x"], ["generate", "../x", "-p", "x"]):
@@ -506,6 +514,60 @@ class Upcycle(Case):
         self.assertEqual([t["token"] for t in before], [t["token"] for t in after])
         for a, b in zip(before, after):
             self.assertAlmostEqual(a["logit"], b["logit"], places=4)
+
+
+class Merge(Case):
+    BASE, ADAPTERS = "tests/fixtures/models/llama", "tests/fixtures/merge"
+
+    def test_wrong_usage(self):
+        words = ["merge", self.BASE, "--adapter", f"{self.ADAPTERS}/a", "-o", "x"]
+        self.fails(2, "usage: choir merge BASE", "merge")
+        self.fails(2, "-o OUT is missing", *words[:-2])
+        self.fails(2, r"--adapter DIR\[=WEIGHT\] is missing", "merge", self.BASE, "-o", "x")
+        self.fails(2, "the weight is 99, must be -8 to 8", *words, "--adapter", "b=99")
+        self.fails(2, "--method is 'tie'; the nearest is ties", *words, "--method", "tie")
+        self.fails(2, "--density is missing: the share that ties keeps", *words, "--method", "ties")
+        self.fails(2, "--density is 0, must be over 0", *words, "--method", "ties", "--density", 0)
+        self.fails(2, "--density is 1.5, must be 0 to 1", *words, "--method", "ties", "--density", 1.5)
+        self.fails(2, "--density is for methods that prune, not for cat", *words, "--method", "cat", "--density", 1)
+        self.fails(2, "--rank is for svd and methods that end in _svd, not cat", *words, "--method", "cat", "--rank", 3)
+        self.fails(2, "--rank is 5000, must be 1 to 4096", *words, "--rank", 5000)
+        self.fails(2, "--seed is for dare, not for svd", *words, "--seed", 3)
+        self.fails(2, "--majority-sign-method is for ties", *words, "--majority-sign-method", "total")
+        self.fails(2, "must be total or frequency", *words, "--method", "ties", "--density", 0.5,
+                   "--majority-sign-method", "x")
+        self.fails(2, "--dtype is 'q8_0', must be f32, bf16 or f16", *words, "--dtype", "q8_0")
+
+    def test_refusals(self):
+        words = ["merge", self.BASE, "--adapter", f"{self.ADAPTERS}/a"]
+        self.fails(1, "is there already", *words, "-o", self.folder)
+        self.fails(1, "none is no folder", *words, "--adapter", "none", "-o", self.folder / "x")
+        self.fails(1, "has no place in the base|lacks|wants", "merge", self.dense, *words[2:], "-o", self.folder / "x")
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        self.fails(1, "cannot write .*adapter_model.safetensors: File too large", *words, "-o", self.folder / "x",
+                   preexec_fn=limit)
+        self.assertEqual(list(self.folder.glob("x*")), [])
+
+    def logits(self, *adapters):
+        out = self.folder / "logits"
+        words = [word for a in adapters for word in ("--adapter", a)]
+        self.ok("logits", self.BASE, "--tokens", ",".join(str(i * 37 % 512) for i in range(30)), "--exact", *words,
+                "--out", out)
+        return array.array("f", out.read_bytes())
+
+    def test_a_merge_is_what_a_live_mix_is(self):
+        weights = {"a": 0.7, "b": -0.4, "c": 1}
+        names = [word for n, w in weights.items() for word in ("--adapter", f"{n}={w}")]
+        for method in (["cat"], ["svd", "--rank", 11]):
+            out = self.folder / f"merged-{method[0]}"
+            said = self.ok("merge", self.BASE, "--adapters", self.ADAPTERS, *names, "--method", *method, "-o", out)
+            self.assertEqual(said, f"{out}: rank 11, 4 matrices, 16.5 KiB\n")
+            mixed, merged = self.logits(*(f"{self.ADAPTERS}/{n}={w}" for n, w in weights.items())), self.logits(out)
+            plain = self.logits()
+            largest = max(map(abs, mixed))
+            self.assertGreater(max(abs(x - y) for x, y in zip(plain, mixed)), 1e-3 * largest)
+            self.assertLess(max(abs(x - y) for x, y in zip(merged, mixed)), 1e-5 * largest)
 
 
 class Serving(Case):

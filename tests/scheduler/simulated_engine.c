@@ -30,14 +30,48 @@ static uint64_t mix(uint64_t h, uint64_t x)
     return h ^ h >> 29;
 }
 
+static const toy_adapter *toy_of(const choir_adapter_use *use)
+{
+    return (const toy_adapter *)(const void *)use->adapter;
+}
+
+/* What a row leaves in its page: the token, and whatever it was computed with. */
+static uint32_t row_of(simulated_engine *e, const choir_span *span, uint32_t i)
+{
+    uint32_t token = span->tokens[i], at = span->position + i;
+    bool adapted = span->n_adapters > 0 && at >= span->adapter_from;
+    if (token >= e->vocab) /* a virtual one, at its own position */
+        CHOIR_ASSERT(span->n_adapters == 1 && token - e->vocab == at &&
+                     at < toy_of(&span->adapters[0])->n_virtual);
+    if (!adapted) return token + 1;
+    uint64_t h = token + 1;
+    for (uint32_t a = 0; a < span->n_adapters; a++) {
+        uint32_t bits;
+        const toy_adapter *toy = toy_of(&span->adapters[a]);
+        CHOIR_ASSERT(toy->digest != UINT64_MAX); /* it was freed */
+        memcpy(&bits, &span->adapters[a].weight, sizeof bits);
+        h = mix(mix(h, toy->digest), bits);
+    }
+    e->n_adapted++;
+    return (uint32_t)h | 1U << 31;
+}
+
+static bool is_poisoned(const choir_span *span)
+{
+    for (uint32_t a = 0; a < span->n_adapters; a++)
+        if (toy_of(&span->adapters[a])->poison) return true;
+    return false;
+}
+
 static void run_span(simulated_engine *e, choir_span *span)
 {
     CHOIR_ASSERT(span->n_tokens > 0);
     CHOIR_ASSERT(span->position + span->n_tokens <= span->n_pages * e->page_tokens);
+    CHOIR_ASSERT(span->n_adapters <= CHOIR_MAX_MIX);
     for (uint32_t i = 0; i < span->n_tokens; i++) {
         uint32_t at = span->position + i;
         e->kv[span->pages[at / e->page_tokens] * e->page_tokens + at % e->page_tokens] =
-            span->tokens[i] + 1;
+            row_of(e, span, i);
     }
     span->status = CHOIR_OK;
     span->missing_layer = span->missing_expert = -1;
@@ -54,7 +88,7 @@ static void run_span(simulated_engine *e, choir_span *span)
     e->n_tokens += span->n_tokens;
     if (span->sampler == NULL) return;
     uint64_t h = 1;
-    bool poisoned = false;
+    bool poisoned = is_poisoned(span);
     for (uint32_t at = 0; at < span->position + span->n_tokens; at++) {
         uint32_t kv =
             e->kv[span->pages[at / e->page_tokens] * e->page_tokens + at % e->page_tokens];
@@ -136,6 +170,15 @@ static void forget_page(void *engine, uint32_t page)
     zero_page(engine, page);
 }
 
+static uint64_t set_adapter_bytes(void *engine, uint64_t bytes)
+{
+    simulated_engine *e = engine;
+    e->adapter_bytes = bytes;
+    if (e->slow_grants == 0) return bytes;
+    e->slow_grants--;
+    return bytes / 2 > e->adapter_floor ? bytes / 2 : e->adapter_floor;
+}
+
 choir_step_engine simulated_step_engine(simulated_engine *e)
 {
     static const int32_t eos[] = {3};
@@ -146,6 +189,10 @@ choir_step_engine simulated_step_engine(simulated_engine *e)
                                .set_pages = e->shares ? set_pages : NULL,
                                .forget_page = forget_page,
                                .kv_floor = SIMULATED_KV_FLOOR,
+                               .adapters = e->adapters,
+                               .set_adapter_bytes =
+                                   e->adapter_floor > 0 ? set_adapter_bytes : NULL,
+                               .adapter_floor = e->adapter_floor,
                                .n_pages = e->n_pages,
                                .page_tokens = e->page_tokens,
                                .vocab = e->vocab,

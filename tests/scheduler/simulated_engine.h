@@ -3,6 +3,7 @@
  * changes the tokens. */
 #pragma once
 #include "scheduler/scheduler.h"
+#include "tests/support/toy_adapters.h"
 
 typedef struct simulated_engine {
     uint32_t n_pages, page_tokens, vocab, max_rows, max_spans;
@@ -14,6 +15,9 @@ typedef struct simulated_engine {
     bool shares;         /* as simulated_engine_shares at its creation: KV pages share memory, no more than `allowed` may be in use */
     uint32_t allowed, most_allowed, n_forgotten;
     uint32_t fail_steps; /* so many steps fail whole */
+    choir_adapters *adapters;        /* NULL, or toys: what they change, later tokens see */
+    uint64_t adapter_bytes, n_adapted; /* that they asked for; rows computed with any */
+    uint64_t adapter_floor, slow_grants; /* grants: so many come short by half; floor: of what they share */
     void (*before_step)(void *user);
     void *user;
 } simulated_engine;

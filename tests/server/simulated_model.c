@@ -1,5 +1,7 @@
 #include "tests/server/simulated_model.h"
 
+#include "tests/server/simulated_adapters.h"
+
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -31,7 +33,7 @@ static void sleep_ms(uint32_t ms)
     }
 }
 
-static uint32_t token_at(mode m, uint32_t position, uint32_t index)
+static uint32_t token_at(mode m, uint32_t position, uint32_t index, int shift)
 {
     static const char accents[] = "na\xC3\xAFve \xE2\x98\x95 \xF0\x9F\x98\x80 ";
     switch (m) {
@@ -42,7 +44,7 @@ static uint32_t token_at(mode m, uint32_t position, uint32_t index)
     case MODE_NUL:
         return index % 3 == 2 ? 0 : 'a' + index % 26;
     default:
-        return 'a' + position % 26;
+        return 'a' + (position + (uint32_t)shift) % 26;
     }
 }
 
@@ -86,10 +88,12 @@ static choir_status step(void *engine, choir_span *spans, uint32_t n_spans)
         }
         uint32_t after = span->position + span->n_tokens;
         if (span->n_tokens > 1 || span->position == 0) s->pages->starts[key] = after;
-        if (m == MODE_NAN)
+        bool poison = m == MODE_NAN;
+        int shift = simulated_adapters_shift(span, &poison);
+        if (poison)
             span->status = choir_fail(CHOIR_E_DATA_LOSS, "the logits are not numbers");
         if (span->n_logits != 0)
-            fill_sample(span, token_at(m, after, after - s->pages->starts[key]));
+            fill_sample(span, token_at(m, after, after - s->pages->starts[key], shift));
         fill_routes(span);
     }
     if (wait_ms != 0) sleep_ms(wait_ms);

@@ -1,5 +1,6 @@
 /* choir's front end over a simulated engine, for tests: real scheduler, real tokenizer, made-up
  * tokens. Prints "listening on ADDRESS". */
+#include "tests/server/simulated_adapters.h"
 #include "tests/server/simulated_model.h"
 
 #include <getopt.h>
@@ -9,7 +10,9 @@
 
 typedef struct arguments {
     const char *listen[2], *tokenizer, *keys[1], *certificate, *key;
-    const char *name; /* NULL: the model's own */
+    const char *name;     /* NULL: the model's own */
+    const char *adapters; /* NULL: none */
+    uint32_t adapter_bytes;
     uint32_t n_listen, n_pages, step_ms, stall_ms, n_streamed;
     choir_server_options server;
     choir_scheduler_options scheduler;
@@ -33,6 +36,7 @@ static void parse(int argc, char **argv, arguments *a)
         {"http", 1, NULL, 'H'},        {"http-connections", 1, NULL, 'x'},
         {"http-request-ms", 1, NULL, 'R'}, {"http-idle-ms", 1, NULL, 'I'},
         {"name", 1, NULL, 'N'},        {"stream-experts", 1, NULL, 'E'},
+        {"adapters", 1, NULL, 'A'},    {"adapter-bytes", 1, NULL, 'B'},
         {"tls-cert", 1, NULL, 'C'}, {"tls-key", 1, NULL, 'K'}, {0}};
     // clang-format on
     for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
@@ -104,6 +108,12 @@ static void parse(int argc, char **argv, arguments *a)
         case 'E':
             a->n_streamed = number(optarg);
             break;
+        case 'A':
+            a->adapters = optarg;
+            break;
+        case 'B':
+            a->adapter_bytes = number(optarg);
+            break;
         case 'C':
             a->certificate = optarg;
             break;
@@ -120,10 +130,15 @@ static choir_status serve(const arguments *a, simulated_model *m)
 {
     choir_scheduler *scheduler = NULL;
     choir_server *server = NULL;
-    choir_status status = choir_scheduler_create(&m->engine, &a->scheduler, &scheduler);
+    choir_status status = CHOIR_OK;
+    if (a->adapters != NULL)
+        status = simulated_adapters_create(a->adapters, a->adapter_bytes, &m->engine.adapters);
+    if (status == CHOIR_OK)
+        status = choir_scheduler_create(&m->engine, &a->scheduler, &scheduler);
     if (status == CHOIR_OK) {
         choir_server_model model = simulated_model_served(m, scheduler);
         if (a->name != NULL) model.name = a->name;
+        model.adapter_type = CHOIR_ADAPTER_F32;
         status = choir_server_create(&a->server, &model, 1, &server);
     }
     if (status == CHOIR_OK) status = choir_server_start(server);
@@ -136,6 +151,7 @@ static choir_status serve(const arguments *a, simulated_model *m)
     }
     choir_server_destroy(server);
     choir_scheduler_destroy(scheduler);
+    if (m->engine.adapters != NULL) choir_adapters_destroy(m->engine.adapters);
     return status;
 }
 

@@ -12,16 +12,7 @@
 
 static const char *const projections[N_PROJ] = {"gate_proj", "up_proj", "down_proj"};
 
-/* A safetensors file in the making: F32 only. */
-typedef struct tensors {
-    char *header;
-    size_t header_bytes;
-    float *data;
-    size_t n;
-} tensors;
-
-static void add_tensor(tensors *t, const char *name, uint64_t rows, uint64_t cols,
-                       const float *values)
+void add_tensor(tensors *t, const char *name, uint64_t rows, uint64_t cols, const float *values)
 {
     char entry[512], shape[64];
     size_t n = rows * cols;
@@ -40,7 +31,7 @@ static void add_tensor(tensors *t, const char *name, uint64_t rows, uint64_t col
     t->n += n;
 }
 
-static void write_tensors(tensors *t, const char *folder, const char *name)
+void write_tensors(tensors *t, const char *folder, const char *name)
 {
     char path[512];
     snprintf(path, sizeof path, "%s/%s", folder, name);

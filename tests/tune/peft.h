@@ -11,6 +11,17 @@ typedef struct lora_shape {
 
 enum { GATE_PROJ, UP_PROJ, DOWN_PROJ, N_PROJ };
 
+/* A safetensors file in the making: F32 only. write_tensors() frees it. */
+typedef struct tensors {
+    char *header;
+    size_t header_bytes;
+    float *data;
+    size_t n;
+} tensors;
+/* One row is a vector. */
+void add_tensor(tensors *t, const char *name, uint64_t rows, uint64_t cols, const float *values);
+void write_tensors(tensors *t, const char *folder, const char *name);
+
 /* Makes `folder` with adapter_config.json and adapter_model.safetensors; the factors depend on the
  * seed. */
 void write_adapter(const char *folder, const lora_shape *shape, uint32_t seed);
