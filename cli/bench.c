@@ -1,38 +1,56 @@
-/* Prefill and decode in tokens/s, beside what the machine gives at best in the same run. */
+/* Prefill and decode in tokens/s, beside what the machine gives at best in the same run; and what adapters of
+ * random numbers cost a decode, in turn with the base. */
 #include "cli/adapters.h"
+#include "cli/bench_adapters.h"
 #include "cli/peak.h"
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+
+enum { MAX_BATCHES = 16, MAX_BATCH = 256, STEP_ROWS = 512, MAX_ROUNDS = 99 };
 
 typedef struct values {
     choir_cli_engine_values engine;
     choir_cli_adapter_values adapters;
     uint64_t prompt, generate;
     const char *batch;
+    uint64_t random_adapters, adapter_rank, rounds;
+    const char *adapter_on;
     bool json;
 } values;
 static const values defaults = {.adapters = CHOIR_CLI_ADAPTER_DEFAULT,
                                 .prompt = 512,
                                 .generate = 128,
-                                .batch = "1,8,32"};
+                                .batch = "1,8,32",
+                                .adapter_rank = 8,
+                                .rounds = 5,
+                                .adapter_on = "all"};
 static const choir_option options[] = {
     {"prompt", 0, CHOIR_OPTION_COUNT, offsetof(values, prompt), "N", "tokens of the prompt", 1,
      65536},
     {"generate", 0, CHOIR_OPTION_COUNT, offsetof(values, generate), "N", "tokens decoded", 1,
      65536},
     {"batch", 0, CHOIR_OPTION_TEXT, offsetof(values, batch), "1,8,32", "sequences at once", 0, 0},
+    {"random-adapters", 0, CHOIR_OPTION_COUNT, offsetof(values, random_adapters), "N",
+     "decodes also with N random LoRAs, one a sequence, in turn with the base", 0,
+     CHOIR_BENCH_MAX_ADAPTERS},
+    {"adapter-rank", 0, CHOIR_OPTION_COUNT, offsetof(values, adapter_rank), "R",
+     "of random adapters", 1, CHOIR_ADAPTER_MAX_RANK},
+    {"adapter-on", 0, CHOIR_OPTION_TEXT, offsetof(values, adapter_on), "all|mlp",
+     "random adapters lie on all linear layers, or on the MLP's and the experts'", 0, 0},
+    {"rounds", 0, CHOIR_OPTION_COUNT, offsetof(values, rounds), "N",
+     "with random adapters: turns, whose medians are told", 1, MAX_ROUNDS},
     {"json", 0, CHOIR_OPTION_FLAG, offsetof(values, json), NULL, "one JSON object", 0, 0},
     CHOIR_CLI_ADAPTER_OPTIONS(values, adapters),
     CHOIR_CLI_ENGINE_OPTIONS(values, engine),
 };
 
-enum { MAX_BATCHES = 16, MAX_BATCH = 256, STEP_ROWS = 512 };
-
 typedef struct result {
     uint32_t batch;
     double prefill_tokens_per_s, decode_tokens_per_s, decode_s;
     choir_experts_stats before, after; /* of the decode */
+    double base, adapted, ratio; /* with random adapters: medians of the rounds */
 } result;
 
 static choir_status parse_batches(const char *text, uint32_t *batches, uint32_t *n)
@@ -57,6 +75,7 @@ typedef struct bench {
     choir_cli_adapters adapters;
     uint32_t prompt, generate, pages_per_sequence, *pages, *tokens;
     choir_span *spans;
+    choir_bench_adapters random;
 } bench;
 
 /* The prompts of all sequences, one after the other in chunks: tokens/s. */
@@ -84,7 +103,14 @@ static choir_status prefill(bench *b, uint32_t batch, double *rate)
     return CHOIR_OK;
 }
 
-static choir_status decode(bench *b, uint32_t batch, double *rate)
+/* Sequences with the same adapter are side by side; of more adapters than sequences each step takes others. */
+static const choir_adapter_use *random_use(const bench *b, uint32_t step, uint32_t s, uint32_t batch)
+{
+    uint32_t n = b->random.n;
+    return &b->random.uses[n <= batch ? s * n / batch : (step * batch + s) % n];
+}
+
+static choir_status decode(bench *b, uint32_t batch, bool random, double *rate)
 {
     uint64_t start = choir_clock_now();
     for (uint32_t i = 0; i < b->generate; i++) {
@@ -95,13 +121,54 @@ static choir_status decode(bench *b, uint32_t batch, double *rate)
                                        .pages = b->pages + (size_t)s * b->pages_per_sequence,
                                        .n_pages = b->pages_per_sequence,
                                        .n_logits = 1,
-                                       .adapters = b->adapters.uses,
-                                       .n_adapters = b->adapters.n};
+                                       .adapters = random ? random_use(b, i, s, batch)
+                                                          : b->adapters.uses,
+                                       .n_adapters = random ? 1 : b->adapters.n};
         CHOIR_TRY(choir_engine_step(b->engine, b->spans, batch));
         for (uint32_t s = 0; s < batch; s++) CHOIR_TRY(choir_span_failure(&b->spans[s]));
     }
     *rate = (double)b->generate * batch / ((double)(choir_clock_now() - start) / 1e9);
     return CHOIR_OK;
+}
+
+static int by_size(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+static double median(double *of, uint32_t n)
+{
+    qsort(of, n, sizeof *of, by_size);
+    return (of[(n - 1) / 2] + of[n / 2]) / 2;
+}
+
+/* The same decode without and with random adapters, in turn, so that a machine's moods hit both. */
+static choir_status decode_in_turn(bench *b, uint32_t rounds, result *r)
+{
+    double rates[2][MAX_ROUNDS], ratios[MAX_ROUNDS], warm;
+    CHOIR_TRY(decode(b, r->batch, true, &warm));
+    for (uint32_t i = 0; i < rounds; i++) {
+        for (uint32_t k = 0; k < 2; k++) {
+            bool random = (i + k) % 2 == 1;
+            CHOIR_TRY(decode(b, r->batch, random, &rates[random][i]));
+        }
+        ratios[i] = rates[1][i] / rates[0][i];
+    }
+    r->base = median(rates[0], rounds);
+    r->adapted = median(rates[1], rounds);
+    r->ratio = median(ratios, rounds);
+    return CHOIR_OK;
+}
+
+static choir_status make_random(const values *v, bench *b)
+{
+    choir_bench_adapter_options o = {.n = (uint32_t)v->random_adapters,
+                                     .rank = (uint32_t)v->adapter_rank,
+                                     .mlp_alone = strcmp(v->adapter_on, "mlp") == 0};
+    if (o.n == 0) return CHOIR_OK;
+    CHOIR_ASSERT(choir_adapter_type_parse(v->adapters.type, &o.type));
+    return choir_bench_adapters_make(b->engine, &o, &b->random);
 }
 
 static choir_status open_bench(const values *v, const char *model, uint32_t largest, bench *b)
@@ -210,6 +277,21 @@ static json_t *streamed(const values *v, const result *r)
                      "bytes_read", (json_int_t)bytes, "busy_s", busy_s, "stall_s", stall_s);
 }
 
+/* NULL: no random adapters. */
+static json_t *adapted(const values *v, const bench *b, const result *r)
+{
+    if (b->random.n == 0) return NULL;
+    if (!v->json)
+        printf("             %u adapters of rank %u on %s (%s, %.1f MB each): decode %.1f tokens/s, base %.1f: "
+               "%.1f %%; medians of %u rounds\n",
+               b->random.n, (uint32_t)v->adapter_rank, v->adapter_on, v->adapters.type,
+               (double)b->random.bytes / 1e6, r->adapted, r->base, 100 * r->ratio, (uint32_t)v->rounds);
+    return json_pack("{s:I, s:I, s:s, s:s, s:I, s:f, s:f, s:f, s:I}", "n", (json_int_t)b->random.n, "rank",
+                     (json_int_t)v->adapter_rank, "on", v->adapter_on, "type", v->adapters.type, "bytes",
+                     (json_int_t)b->random.bytes, "decode_tokens_per_s", r->adapted, "base_tokens_per_s",
+                     r->base, "ratio", r->ratio, "rounds", (json_int_t)v->rounds);
+}
+
 static void print(const values *v, const bench *b, const result *r, uint32_t n,
                   const choir_peak *peak)
 {
@@ -230,13 +312,13 @@ static void print(const values *v, const bench *b, const result *r, uint32_t n,
             printf("  batch %3u: prefill %7.1f tokens/s (%2.0f %% of peak), decode %7.1f tokens/s "
                    "(%2.0f %%)\n",
                    r[i].batch, prefill, 100 * prefill_share, decode, 100 * decode_share);
-        json_t *experts = streamed(v, &r[i]);
+        json_t *experts = streamed(v, &r[i]), *random = adapted(v, b, &r[i]);
         json_array_append_new(runs,
-                              json_pack("{s:i, s:f, s:f, s:f, s:f, s:o*}", "batch", (int)r[i].batch,
+                              json_pack("{s:i, s:f, s:f, s:f, s:f, s:o*, s:o*}", "batch", (int)r[i].batch,
                                         "prefill_tokens_per_s", prefill, "decode_tokens_per_s",
                                         decode, "prefill_share_of_peak", prefill_share,
                                         "decode_share_of_peak", decode_share,
-                                        "experts", experts));
+                                        "experts", experts, "random_adapters", random));
     }
     json_t *o = json_pack("{s:s, s:i, s:s, s:f, s:f, s:o}", "model", name, "threads",
                           (int)n_threads, "kernels", k->name, "memory_bytes_per_s",
@@ -263,21 +345,25 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     CHOIR_TRY_TO(done, status,
                  choir_peak_measure(choir_engine_kernels(b.engine),
                                     choir_engine_n_threads(b.engine), &peak));
+    CHOIR_TRY_TO(done, status, make_random(v, &b));
     CHOIR_TRY_TO(done, status, prefill(&b, 1, &warm));
     for (uint32_t i = 0; i < n; i++) {
         results[i].batch = batches[i];
         CHOIR_TRY_TO(done, status, prefill(&b, batches[i], &results[i].prefill_tokens_per_s));
         results[i].before = choir_engine_expert_stats(b.engine);
-        CHOIR_TRY_TO(done, status, decode(&b, batches[i], &results[i].decode_tokens_per_s));
+        CHOIR_TRY_TO(done, status, decode(&b, batches[i], false, &results[i].decode_tokens_per_s));
         results[i].after = choir_engine_expert_stats(b.engine);
         results[i].decode_s =
             (double)b.generate * batches[i] / results[i].decode_tokens_per_s;
+        if (b.random.n > 0)
+            CHOIR_TRY_TO(done, status, decode_in_turn(&b, (uint32_t)v->rounds, &results[i]));
     }
     print(v, &b, results, n, &peak);
 done:
     choir_free(b.pages);
     choir_free(b.tokens);
     choir_free(b.spans);
+    choir_bench_adapters_free(&b.random);
     choir_cli_adapters_close(&b.adapters);
     choir_engine_close(b.engine);
     return status;
@@ -287,6 +373,10 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
 {
     const values *v = verb_values;
     (void)arguments;
+    if (strcmp(v->adapter_on, "all") != 0 && strcmp(v->adapter_on, "mlp") != 0)
+        return choir_fail(CHOIR_E_INVALID, "--adapter-on is '%.20s', must be all or mlp", v->adapter_on);
+    if (v->random_adapters > 0 && v->adapters.adapter.n > 0)
+        return choir_fail(CHOIR_E_INVALID, "--random-adapters and --adapter do not go together");
     return choir_cli_adapters_check(&v->adapters);
 }
 
