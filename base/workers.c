@@ -18,6 +18,7 @@ enum { SPINS = 4000 }; /* about 50-100 us on today's x86: longer than the gaps i
 
 struct choir_workers {
     uint32_t n;
+    int spins; /* SPINS, or 0 with more workers than CPUs: whoever is waited for needs this one */
     pthread_t *threads;
     choir_work work; /* written by the owner before `round` is released */
     void *arg;
@@ -50,7 +51,7 @@ static void futex_wake_all(_Atomic uint32_t *word)
  * them (on a virtual machine, the disk's own thread). */
 static uint32_t await_change(choir_workers *w, _Atomic uint32_t *word, uint32_t seen)
 {
-    for (int i = 0; i < SPINS; i++) {
+    for (int i = 0; i < w->spins; i++) {
         uint32_t now = atomic_load_explicit(word, memory_order_acquire);
         if (now != seen) return now;
         RELAX();
@@ -143,6 +144,7 @@ choir_status choir_workers_create(uint32_t n_workers, choir_workers **out)
         return choir_fail(CHOIR_E_NO_MEMORY, "no memory for worker threads");
     }
     w->n = 1;
+    w->spins = n_workers > choir_workers_best() ? 0 : SPINS;
     for (uint32_t i = 1; i < n_workers; i++) {
         choir_status status = start_helper(w, i);
         if (status != CHOIR_OK) {

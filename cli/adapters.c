@@ -33,21 +33,30 @@ choir_status choir_cli_adapter_split(const char *text, char *path, size_t bytes,
     return CHOIR_OK;
 }
 
+choir_status choir_cli_adapter_type_check(const char *text)
+{
+    choir_adapter_type type;
+    if (choir_adapter_type_parse(text, &type)) return CHOIR_OK;
+    return choir_fail(CHOIR_E_INVALID,
+                      "--adapter-dtype is '%.20s', must be auto, f32, f16, bf16 or int8", text);
+}
+
 choir_status choir_cli_adapters_check(const choir_cli_adapter_values *v)
 {
-    char path[PATH_BYTES];
-    choir_adapter_type type;
+    char paths[2][PATH_BYTES];
     float weight;
     if (v->adapter.n > CHOIR_MAX_MIX)
         return choir_fail(CHOIR_E_INVALID, "--adapter is given %u times, a mix has at most %d",
                           v->adapter.n, CHOIR_MAX_MIX);
-    for (uint32_t i = 0; i < v->adapter.n; i++)
-        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], path, sizeof path, &weight));
-    if (!choir_adapter_type_parse(v->type, &type))
-        return choir_fail(CHOIR_E_INVALID,
-                          "--adapter-dtype is '%.20s', must be auto, f32, f16, bf16 or int8",
-                          v->type);
-    return CHOIR_OK;
+    for (uint32_t i = 0; i < v->adapter.n; i++) {
+        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], paths[0], PATH_BYTES, &weight));
+        for (uint32_t k = 0; k < i; k++) {
+            CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[k], paths[1], PATH_BYTES, &weight));
+            if (strcmp(paths[0], paths[1]) == 0)
+                return choir_fail(CHOIR_E_INVALID, "--adapter %.200s is given twice", paths[0]);
+        }
+    }
+    return choir_cli_adapter_type_check(v->type);
 }
 
 /* What belongs to a sequence as a whole cannot be one of several. */

@@ -41,6 +41,7 @@ typedef struct choir_cli_adapters {
  * it is a number; so a path that ends like one is followed by "=1". */
 choir_status choir_cli_adapter_split(const char *text, char *path, size_t bytes,
                                      float *weight) CHOIR_MUST_USE;
+choir_status choir_cli_adapter_type_check(const char *text) CHOIR_MUST_USE;
 choir_status choir_cli_adapters_check(const choir_cli_adapter_values *values) CHOIR_MUST_USE;
 /* Reads all of them for MODEL's shapes. close() also after a failure. */
 choir_status choir_cli_adapters_read(const choir_cli_adapter_values *values, const char *model,

@@ -1,9 +1,12 @@
 /* The answer's two ways, and the JSON object that both fill. */
 #include "cli/answer.h"
 
+#include <ctype.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <unistd.h>
 
 choir_status choir_cli_client(const choir_cli_server_values *server, choir_client **out)
 {
@@ -24,30 +27,107 @@ choir_status choir_cli_client(const choir_cli_server_values *server, choir_clien
     return status;
 }
 
+/* What adapters take while they are read and made, at most: the file, its numbers as f32, and
+ * themselves. */
+static choir_status adapter_memory(const choir_cli_adapter_values *v, uint64_t *out)
+{
+    char path[4096], tensors[4200];
+    float weight;
+    for (uint32_t i = 0; i < v->adapter.n; i++) {
+        int fd;
+        size_t bytes = 0;
+        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], path, sizeof path, &weight));
+        snprintf(tensors, sizeof tensors, "%s/adapter_model.safetensors", path);
+        if (choir_file_open(choir_folder_exists(path) ? tensors : path, &fd, &bytes) == CHOIR_OK)
+            close(fd);
+        *out += 16 * (uint64_t)bytes + (64 << 20);
+    }
+    return CHOIR_OK;
+}
+
+/* The path in letters that a name may have: sentences name the adapter by it. */
+static void name_of(const char *path, char *name, size_t bytes)
+{
+    size_t n = 0;
+    while (*path != '\0' && strchr("/.-", *path) != NULL) path++;
+    if (strlen(path) >= bytes) path += strlen(path) - bytes + 1;
+    for (; *path != '\0'; path++) {
+        bool again = n > 0 && name[n - 1] == *path && strchr("/.", *path) != NULL;
+        bool fine = isalnum((unsigned char)*path) || strchr("._-/:@+", *path) != NULL;
+        if (!again) name[n++] = '_';
+        if (!again && fine && (n > 1 || isalnum((unsigned char)*path))) name[n - 1] = *path;
+    }
+    while (n > 1 && name[n - 1] == '/') n--;
+    if (n == 0) name[n++] = '_';
+    name[n] = '\0';
+}
+
+/* Registers and reads them, so that a bad one is told before a prompt is. */
+static choir_status load_adapters(const choir_cli_adapter_values *v, choir_answerer *out)
+{
+    choir_engine_adapters_options o = {0};
+    if (v->adapter.n == 0) return CHOIR_OK;
+    bool known = choir_adapter_type_parse(v->type, &o.type);
+    CHOIR_ASSERT(known); /* choir_cli_adapters_check() has looked */
+    CHOIR_TRY(choir_engine_open_adapters(out->engine, &o));
+    for (uint32_t i = 0; i < v->adapter.n; i++) {
+        char path[4096], name[CHOIR_ADAPTER_MAX_NAME + 1];
+        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], path, sizeof path,
+                                          &out->adapters[i].weight));
+        name_of(path, name, sizeof name);
+        out->adapters[i].name = out->names[i] = choir_strdup(CHOIR_MEM_OTHER, name);
+        if (out->names[i] == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a name");
+        out->n_adapters = i + 1;
+        const choir_adapter_load what = {.name = name, .path = path, .keep = true};
+        CHOIR_TRY(choir_adapters_load(choir_engine_adapters(out->engine), &what, NULL));
+    }
+    return CHOIR_OK;
+}
+
 static choir_status open_here(const char *model, const choir_cli_engine_values *engine,
-                              choir_answerer *out)
+                              const choir_cli_adapter_values *adapters, choir_answerer *out)
 {
     choir_engine_options o = CHOIR_ENGINE_OPTIONS_DEFAULT;
     choir_scheduler_options s = CHOIR_SCHEDULER_OPTIONS_DEFAULT;
     CHOIR_TRY(choir_cli_engine_options(engine, &o));
+    CHOIR_TRY(adapter_memory(adapters, &o.adapter_bytes));
     o.kv_bytes = (uint64_t)512 << 20;
     s.max_step_tokens = o.max_rows;
     CHOIR_TRY(choir_cli_open_engine(model, &o, &out->engine));
+    CHOIR_TRY(load_adapters(adapters, out));
     const choir_step_engine step = choir_step_engine_of(out->engine);
     return choir_scheduler_create(&step, &s, &out->scheduler);
+}
+
+/* The names of a server's adapters. */
+static choir_status name_adapters(const choir_cli_adapter_values *v, choir_answerer *out)
+{
+    for (uint32_t i = 0; i < v->adapter.n; i++) {
+        char name[CHOIR_ADAPTER_MAX_NAME + 1];
+        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], name, sizeof name,
+                                          &out->adapters[i].weight));
+        out->adapters[i].name = out->names[i] = choir_strdup(CHOIR_MEM_OTHER, name);
+        if (out->names[i] == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a name");
+        out->n_adapters = i + 1;
+    }
+    return CHOIR_OK;
 }
 
 choir_status choir_answerer_open(const char *model, const choir_cli_server_values *server,
                                  const choir_cli_engine_values *engine,
                                  const choir_cli_adapter_values *adapters, choir_answerer *out)
 {
-    *out = (choir_answerer){.model = model, .adapters = adapters};
+    *out = (choir_answerer){.model = model};
     choir_cli_catch_interrupts();
-    if (server->target != NULL) return choir_cli_client(server, &out->client);
-    if (adapters->adapter.n > 0) return choir_cli_not_yet("--adapter without --server");
-    choir_cli_block_interrupts(true);
-    choir_status status = open_here(model, engine, out);
-    choir_cli_block_interrupts(false);
+    choir_status status;
+    if (server->target != NULL) {
+        status = name_adapters(adapters, out);
+        if (status == CHOIR_OK) status = choir_cli_client(server, &out->client);
+    } else {
+        choir_cli_block_interrupts(true);
+        status = open_here(model, engine, adapters, out);
+        choir_cli_block_interrupts(false);
+    }
     if (status != CHOIR_OK) choir_answerer_close(out);
     return status;
 }
@@ -57,6 +137,7 @@ void choir_answerer_close(choir_answerer *answerer)
     choir_client_destroy(answerer->client);
     choir_scheduler_destroy(answerer->scheduler);
     choir_engine_close(answerer->engine);
+    for (uint32_t i = 0; i < CHOIR_MAX_MIX; i++) choir_free(answerer->names[i]);
     *answerer = (choir_answerer){0};
 }
 

@@ -76,7 +76,9 @@ typedef struct choir_answerer {
     choir_scheduler *scheduler;
     choir_client *client; /* … or there */
     const char *model;    /* the name it has there */
-    const choir_cli_adapter_values *adapters;
+    uint32_t n_adapters;  /* of each answer; names are the pool's here, the server's there */
+    char *names[CHOIR_MAX_MIX];
+    choir_request_adapter adapters[CHOIR_MAX_MIX];
 } choir_answerer;
 
 /* Exactly one of prompt and messages (a JSON array of {role, content}). */

@@ -93,6 +93,8 @@ choir_status choir_answer_here(const choir_answerer *a, const choir_ask *ask, js
         .skip_special = true,
         .stops = v->stop.item,
         .n_stops = v->stop.n,
+        .adapters = a->adapters,
+        .n_adapters = a->n_adapters,
     };
     json_object_set_new(result, "seed", json_integer((json_int_t)request.sampling.seed));
     choir_status status = choir_scheduler_submit(a->scheduler, &request, NULL, NULL, &stream);

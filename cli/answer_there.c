@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-enum { MAX_MESSAGES = 4096, MAX_STOPS = CHOIR_MAX_LIST, MAX_NAME = 257 };
+enum { MAX_MESSAGES = 4096, MAX_STOPS = CHOIR_MAX_LIST };
 
 /* The request's messages, built where they stay until the call is over. */
 typedef struct letter {
@@ -11,8 +11,7 @@ typedef struct letter {
     Choir__V1__Sampling sampling;
     Choir__V1__Chat chat;
     Choir__V1__ChatMessage *messages, **pointers;
-    Choir__V1__AdapterWeight mix[CHOIR_MAX_MIX], *mix_pointers[CHOIR_MAX_MIX];
-    char names[CHOIR_MAX_MIX][MAX_NAME];
+    Choir__V1__AdapterWeight mix[CHOIR_MAX_MIX], *pointers_of_mix[CHOIR_MAX_MIX];
 } letter;
 
 static choir_status write_chat(const json_t *messages, letter *l)
@@ -61,23 +60,21 @@ static void write_sampling(const choir_cli_sampling_values *v, Choir__V1__Sampli
 }
 
 /* One that has its full weight is an adapter, all else a mix. */
-static choir_status write_adapters(const choir_cli_adapter_values *v, letter *l)
+static void write_adapters(const choir_answerer *a, letter *l)
 {
-    for (uint32_t i = 0; i < v->adapter.n; i++) {
-        choir__v1__adapter_weight__init(&l->mix[i]);
-        CHOIR_TRY(
-            choir_cli_adapter_split(v->adapter.item[i], l->names[i], MAX_NAME, &l->mix[i].weight));
-        l->mix[i].adapter = l->names[i];
-        l->mix_pointers[i] = &l->mix[i];
-    }
-    if (v->adapter.n == 1 && l->mix[0].weight == 1) {
+    if (a->n_adapters == 1 && a->adapters[0].weight == 1) {
         l->request.adapting_case = CHOIR__V1__GENERATE_REQUEST__ADAPTING_ADAPTER;
-        l->request.adapter = l->names[0];
-        return CHOIR_OK;
+        l->request.adapter = a->names[0];
+        return;
     }
-    l->request.n_mix = v->adapter.n;
-    l->request.mix = l->mix_pointers;
-    return CHOIR_OK;
+    for (uint32_t i = 0; i < a->n_adapters; i++) {
+        choir__v1__adapter_weight__init(&l->mix[i]);
+        l->mix[i].adapter = a->names[i];
+        l->mix[i].weight = a->adapters[i].weight;
+        l->pointers_of_mix[i] = &l->mix[i];
+    }
+    l->request.n_mix = a->n_adapters;
+    l->request.mix = l->pointers_of_mix;
 }
 
 typedef struct listener {
@@ -143,7 +140,7 @@ choir_status choir_answer_there(const choir_answerer *a, const choir_ask *ask, j
     l.request.model = (char *)a->model;
     l.request.sampling = &l.sampling;
     write_sampling(ask->sampling, &l.sampling);
-    CHOIR_TRY(write_adapters(a->adapters, &l));
+    write_adapters(a, &l);
     if (ask->messages != NULL) {
         CHOIR_TRY_TO(done, status, write_chat(ask->messages, &l));
     } else {

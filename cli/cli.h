@@ -39,8 +39,6 @@ void choir_cli_cache_folder(char *path, size_t bytes);
 /* Opens MODEL, with its progress bar. */
 choir_status choir_cli_open_engine(const char *model, const choir_engine_options *options,
                                    choir_engine **out) CHOIR_MUST_USE;
-/* What --adapter and the like answer until they are there. */
-choir_status choir_cli_not_yet(const char *what);
 /* Bytes of KV that one token takes; f32 in exact mode. */
 uint64_t choir_cli_kv_bytes_per_token(const choir_model_config *config, bool exact);
 /* "5,7,9", "[5, 7, 9]", "5 7 9" or one a line, into *ids (choir_free), each below `limit`. `what`

@@ -38,12 +38,6 @@ choir_status choir_cli_find_model(const char *model, char *path, size_t bytes)
                       cache);
 }
 
-choir_status choir_cli_not_yet(const char *what)
-{
-    return choir_fail(CHOIR_E_UNIMPLEMENTED,
-                      "%s is not there yet; the README's table says what works", what);
-}
-
 choir_status choir_cli_engine_options(const choir_cli_engine_values *values,
                                       choir_engine_options *options)
 {

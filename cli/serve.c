@@ -1,4 +1,4 @@
-#include "cli/cli.h"
+#include "cli/adapters.h"
 
 #include "scheduler/scheduler.h"
 #include "server/server.h"
@@ -9,9 +9,10 @@
 
 typedef struct values {
     choir_cli_engine_values engine;
-    const char *config, *http, *override_generation_config, *adapters, *kv_cache_dtype, *tls_cert,
-        *tls_key;
+    const char *config, *http, *override_generation_config, *adapters, *adapter_type,
+        *kv_cache_dtype, *tls_cert, *tls_key;
     choir_option_list listen, served_model_name, api_key, lora_modules;
+    uint64_t adapter_memory;
     uint64_t max_model_len, max_num_seqs, max_num_batched_tokens, max_queued, seed;
     uint64_t shutdown_timeout, watchdog_timeout, max_message;
     uint64_t max_hold;
@@ -20,6 +21,8 @@ typedef struct values {
 static const values defaults = {
     .listen = {{"127.0.0.1:50051"}, 1},
     .kv_cache_dtype = "auto",
+    .adapter_type = "auto",
+    .adapter_memory = 1 << 30,
     .max_num_seqs = 32,
     .max_num_batched_tokens = 512,
     .max_queued = 256,
@@ -46,7 +49,8 @@ static const choir_option options[] = {
     {"max-queued", 0, CHOIR_OPTION_COUNT, offsetof(values, max_queued), "N",
      "requests waiting at most", 1, 65536},
     {"max-hold", 0, CHOIR_OPTION_COUNT, offsetof(values, max_hold), "MS",
-     "with streamed experts, hold a sequence that wants others than the rest back so long; 0: never",
+     "with streamed experts, hold a sequence that wants others than the rest back so long; 0: "
+     "never",
      0, 600000},
     {"no-prefix-cache", 0, CHOIR_OPTION_FLAG, offsetof(values, no_prefix_cache), NULL,
      "prompts share no KV pages", 0, 0},
@@ -57,9 +61,12 @@ static const choir_option options[] = {
     {"kv-cache-dtype", 0, CHOIR_OPTION_TEXT, offsetof(values, kv_cache_dtype), "TYPE",
      "auto or f16", 0, 0},
     {"adapters", 0, CHOIR_OPTION_TEXT, offsetof(values, adapters), "DIR",
-     "LoRA adapters (not there yet)", 0, 0},
+     "every adapter in the folder, by its name there; clients may load others from it", 0, 0},
     {"lora-modules", 0, CHOIR_OPTION_LIST, offsetof(values, lora_modules), "NAME=DIR",
-     "LoRA adapters (not there yet)", 0, 0},
+     "an adapter, a PEFT folder or a GGUF LoRA file; may be given again", 0, 0},
+    {"adapter-memory", 0, CHOIR_OPTION_SIZE, offsetof(values, adapter_memory), "BYTES",
+     "what adapters may take at once; those used last stay", 1, 0x1p53},
+    CHOIR_CLI_ADAPTER_TYPE_OPTION(values, adapter_type),
     {"api-key", 0, CHOIR_OPTION_LIST, offsetof(values, api_key), "KEY",
      "clients must send `authorization: Bearer KEY`", 0, 0},
     {"tls-cert", 0, CHOIR_OPTION_TEXT, offsetof(values, tls_cert), "FILE", "certificate chain, PEM",
@@ -81,15 +88,9 @@ typedef struct hosted {
     choir_engine *engine;
     choir_model_config config; /* the engine's, with --override-generation-config */
     choir_scheduler *scheduler;
+    choir_adapter_type adapter_type;
     char name[256];
 } hosted;
-
-static choir_status refuse_later(const values *v)
-{
-    if (v->adapters != NULL) return choir_cli_not_yet("--adapters");
-    if (v->lora_modules.n > 0) return choir_cli_not_yet("--lora-modules");
-    return CHOIR_OK;
-}
 
 /* Bytes this process may still take: what the kernel calls available, within the container's limit.
  */
@@ -143,6 +144,76 @@ static void name_of(const values *v, uint32_t i, const char *path, char *name, s
     snprintf(name, bytes, "%.*s", (int)(end - start < 255 ? end - start : 255), path + start);
 }
 
+static bool has_adapters(const values *v)
+{
+    return v->adapters != NULL || v->lora_modules.n > 0;
+}
+
+/* "NAME=DIR" into both. */
+static choir_status split_module(const char *text, char *name, size_t bytes, const char **path)
+{
+    const char *equals = strchr(text, '=');
+    if (equals == NULL || equals == text || equals[1] == '\0' || (size_t)(equals - text) >= bytes)
+        return choir_fail(CHOIR_E_INVALID, "--lora-modules is '%.200s', must be NAME=DIR", text);
+    memcpy(name, text, (size_t)(equals - text));
+    name[equals - text] = '\0';
+    *path = equals + 1;
+    return choir_adapters_check_name(name);
+}
+
+/* The folder's adapters: bad ones are named in a line each. */
+static choir_status register_folder(const values *v, const hosted *h)
+{
+    uint32_t n_good, n_bad;
+    uint64_t start = choir_clock_now();
+    CHOIR_TRY(choir_adapters_register_folder(choir_engine_adapters(h->engine), v->adapters, &n_good,
+                                             &n_bad));
+    fprintf(stderr, "choir: %s: %u adapters registered from %s in %.2f s, %u left out\n", h->name,
+            n_good, v->adapters, (double)(choir_clock_now() - start) / 1e9, n_bad);
+    return CHOIR_OK;
+}
+
+/* Who names an adapter wants it: one that fits no model is an error. */
+static choir_status register_module(const char *text, const hosted *models, uint32_t n)
+{
+    char name[CHOIR_ADAPTER_MAX_NAME + 1];
+    const char *path;
+    uint32_t n_fit = 0;
+    choir_status status = CHOIR_OK;
+    CHOIR_TRY(split_module(text, name, sizeof name, &path));
+    const choir_adapter_load what = {.name = name, .path = path};
+    for (uint32_t i = 0; i < n; i++) {
+        choir_status one = choir_adapters_register(choir_engine_adapters(models[i].engine), &what);
+        if (one == CHOIR_OK)
+            n_fit++;
+        else
+            status = one;
+    }
+    return n_fit > 0 ? CHOIR_OK : choir_fail_in(status, "--lora-modules %s", name);
+}
+
+static choir_status register_adapters(const values *v, const hosted *models, uint32_t n)
+{
+    for (uint32_t i = 0; i < n && v->adapters != NULL; i++)
+        CHOIR_TRY(register_folder(v, &models[i]));
+    for (uint32_t i = 0; i < v->lora_modules.n; i++)
+        CHOIR_TRY(register_module(v->lora_modules.item[i], models, n));
+    return CHOIR_OK;
+}
+
+/* Before the scheduler, which keeps the pool. */
+static choir_status open_adapters(const values *v, hosted *h)
+{
+    choir_engine_adapters_options o = {.folder = v->adapters};
+    if (!has_adapters(v)) return CHOIR_OK;
+    bool known = choir_adapter_type_parse(v->adapter_type, &o.type);
+    CHOIR_ASSERT(known); /* check() has looked */
+    h->adapter_type = o.type != CHOIR_ADAPTER_AUTO ? o.type
+                      : v->engine.exact            ? CHOIR_ADAPTER_F32
+                                                   : CHOIR_ADAPTER_F16;
+    return choir_engine_open_adapters(h->engine, &o);
+}
+
 static choir_status open_model(const values *v, uint32_t i, const char *model, uint32_t n_models,
                                hosted *out)
 {
@@ -157,7 +228,9 @@ static choir_status open_model(const values *v, uint32_t i, const char *model, u
     o.max_rows = (uint32_t)v->max_num_batched_tokens;
     o.max_rows_streamed = 4 * o.max_rows;
     o.max_spans = v->max_num_seqs < o.max_rows ? (uint32_t)v->max_num_seqs : o.max_rows;
+    if (has_adapters(v)) o.adapter_bytes = v->adapter_memory;
     CHOIR_TRY(choir_engine_open(path, &o, &out->engine));
+    CHOIR_TRY(open_adapters(v, out));
     choir_scheduler_options s = CHOIR_SCHEDULER_OPTIONS_DEFAULT;
     s.max_sequences = o.max_spans;
     s.max_step_tokens = o.max_rows;
@@ -207,6 +280,7 @@ static choir_status serve(const values *v, hosted *models, uint32_t n, char *cer
     for (uint32_t i = 0; i < n; i++) {
         served[i] = choir_server_model_of(models[i].name, models[i].engine, models[i].scheduler);
         served[i].config = &models[i].config;
+        served[i].adapter_type = models[i].adapter_type;
         served[i].max_tokens = (uint32_t)v->max_model_len;
     }
     o.listen = v->listen.item;
@@ -255,7 +329,6 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     hosted models[CHOIR_MAX_LIST] = {0};
     char *cert = NULL, *key = NULL;
     choir_status status;
-    CHOIR_TRY(refuse_later(v));
     signal(SIGPIPE, SIG_IGN);
     fprintf(stderr, "choir: configuration:\n");
     choir_options_print_resolved(options, sizeof options / sizeof *options, v, arguments, stderr);
@@ -263,6 +336,7 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
     CHOIR_TRY_TO(done, status, read_pem(v->tls_key, &key));
     for (uint32_t i = 0; i < n; i++)
         CHOIR_TRY_TO(done, status, open_model(v, i, arguments->positional[i], n, &models[i]));
+    CHOIR_TRY_TO(done, status, register_adapters(v, models, n));
     block_signals();
     status = serve(v, models, n, cert, key);
 done:
@@ -273,6 +347,23 @@ done:
     choir_free(cert);
     choir_free(key);
     return status;
+}
+
+static choir_status check_adapters(const values *v)
+{
+    char names[2][CHOIR_ADAPTER_MAX_NAME + 1];
+    const char *path;
+    CHOIR_TRY(choir_cli_adapter_type_check(v->adapter_type));
+    for (uint32_t i = 0; i < v->lora_modules.n; i++) {
+        CHOIR_TRY(split_module(v->lora_modules.item[i], names[0], sizeof names[0], &path));
+        for (uint32_t k = 0; k < i; k++) {
+            CHOIR_TRY(split_module(v->lora_modules.item[k], names[1], sizeof names[1], &path));
+            if (strcmp(names[0], names[1]) == 0)
+                return choir_fail(CHOIR_E_INVALID, "--lora-modules has the name %s twice",
+                                  names[0]);
+        }
+    }
+    return CHOIR_OK;
 }
 
 static choir_status check(const void *verb_values, const choir_arguments *arguments)
@@ -287,6 +378,7 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     if (v->http != NULL) CHOIR_TRY(choir_server_check_http_address(v->http));
     if ((v->tls_cert != NULL) != (v->tls_key != NULL))
         return choir_fail(CHOIR_E_INVALID, "--tls-cert and --tls-key go together");
+    CHOIR_TRY(check_adapters(v));
     choir_model_config any = {.vocab = 1, .temperature = -1};
     if (v->override_generation_config != NULL)
         CHOIR_TRY(choir_generation_override(&any, v->override_generation_config));
@@ -298,8 +390,9 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
 
 const choir_verb choir_verb_serve = {
     .name = "serve",
-    .arguments =
-        "MODEL… [--listen 127.0.0.1:50051] [--http 127.0.0.1:8000] [--memory 8GiB] [--config FILE]",
+    .arguments = "MODEL… [--listen 127.0.0.1:50051] [--http 127.0.0.1:8000] [--memory 8GiB] "
+                 "[--adapters DIR] "
+                 "[--config FILE]",
     .summary = "the gRPC server: streaming, health, reflection; metrics over HTTP",
     .example = "choir serve SmolLM2-135M-Instruct.Q4_1 --listen 127.0.0.1:50051 --memory 2GiB",
     .options = options,

@@ -32,9 +32,11 @@ target_compile_options(choir_flags INTERFACE
     -Wall -Wextra -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes -Wvla
     -Wno-missing-field-initializers -ffp-contract=off -fno-math-errno -fno-common
     $<$<BOOL:${CHOIR_WERROR}>:-Werror>)
+# Checked code is many times its size: -O1, and lines without variables in the debug information, keep the
+# compiler quick (one file of kernels took gcc 100 s at -O3 -g), and a report names its lines all the same.
 if(CHOIR_SANITIZE)
     target_compile_options(choir_flags INTERFACE -fsanitize=${CHOIR_SANITIZE}
-        -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
+        -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1)
     target_link_options(choir_flags INTERFACE -fsanitize=${CHOIR_SANITIZE})
 endif()
 

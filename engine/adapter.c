@@ -256,22 +256,20 @@ static choir_status pack_pair(maker *m, const choir_adapter_change *c, adapted *
     bool embedding = c->role == CHOIR_ROLE_EMBEDDING;
     uint32_t outputs = embedding ? c->cols : c->rows;
     void *b = carve(m, 1, choir_factor_bytes(m->type, c->rank, outputs));
-    if (embedding) {
-        float *columns = carve(m, (size_t)c->rows * c->rank, sizeof *columns);
-        for (size_t i = 0; columns != NULL && i < (size_t)c->rows * c->rank; i++)
-            columns[i] = c->a[i % c->rank * c->rows + i / c->rank];
-        out->a_columns = columns;
-    } else {
-        void *a = carve(m, 1, choir_factor_bytes(m->type, c->rank, in));
-        if (a != NULL) out->a = choir_factor_pack(m->type, c->rank, in, c->a, in, 1, a);
-    }
+    void *a = embedding ? NULL : carve(m, 1, choir_factor_bytes(m->type, c->rank, in));
+    float *columns = embedding ? carve(m, (size_t)c->rows * c->rank, sizeof *columns) : NULL;
     if (m->base == NULL) return CHOIR_OK;
-    float *folded = choir_alloc(CHOIR_MEM_SCRATCH, (size_t)outputs * c->rank * sizeof *folded);
-    if (folded == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for an adapter's factor");
-    for (size_t i = 0; i < (size_t)outputs * c->rank; i++)
-        folded[i] = c->b[i] * c->scale * (out->scale != NULL ? out->scale[i / c->rank] : 1);
-    out->b = choir_factor_pack(m->type, c->rank, outputs, folded, 1, c->rank, b);
-    choir_free(folded);
+    out->a_columns = columns;
+    for (size_t i = 0; embedding && i < c->rows; i++)
+        for (size_t k = 0; k < c->rank; k++) columns[i * c->rank + k] = c->a[k * c->rows + i];
+    float *scratch =
+        choir_alloc(CHOIR_MEM_SCRATCH, (size_t)(in > outputs ? in : outputs) * sizeof *scratch);
+    if (scratch == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for an adapter's factor");
+    const choir_factor_source of_a = {c->a, c->rank, in, in, 1, 1, NULL};
+    const choir_factor_source of_b = {c->b, c->rank, outputs, 1, c->rank, c->scale, out->scale};
+    if (!embedding) out->a = choir_factor_pack(m->type, &of_a, scratch, a);
+    out->b = choir_factor_pack(m->type, &of_b, scratch, b);
+    choir_free(scratch);
     return CHOIR_OK;
 }
 
@@ -345,7 +343,6 @@ static void note_change(choir_adapter *a, const adapted *x)
     a->roles |= bit;
     if (x->series || x->residual) a->series_roles |= bit;
     if (x->in_scale != NULL) a->in_scale_roles |= bit;
-    if (x->weight.rows > 0 || x->vector != NULL || x->in_scale != NULL) a->mixes = false;
 }
 
 static void index_changes(const choir_engine *e, const choir_adapter_data *d, uint32_t *first)
@@ -366,7 +363,6 @@ static void make_virtual(maker *m, const choir_adapter_data *d)
     size_t keys = (size_t)c->n_layers * d->n_virtual * c->n_kv_heads * c->head_dim;
     a->n_virtual = d->n_virtual;
     if (d->n_virtual == 0) return;
-    a->mixes = false;
     a->prefix = d->virtual_keys != NULL;
     if (a->prefix) {
         a->virtual_keys = carve_floats(m, d->virtual_keys, keys);
@@ -377,13 +373,22 @@ static void make_virtual(maker *m, const choir_adapter_data *d)
     }
 }
 
+bool choir_adapter_data_mixes(const choir_adapter_data *data)
+{
+    bool mixes = data->n_virtual == 0;
+    for (size_t i = 0; i < data->n_changes; i++)
+        if (replaces(&data->changes[i]) || brings(&data->changes[i], CHOIR_ADAPTER_HAS_IN_SCALE))
+            mixes = false;
+    return mixes;
+}
+
 static choir_status make_all(maker *m, const choir_adapter_data *d)
 {
     choir_adapter *a = m->adapter;
     adapted *items = carve(m, d->n_changes, sizeof *items), sized;
     uint32_t *first =
         carve(m, (size_t)m->engine->config.n_layers * CHOIR_N_ROLES + 1, sizeof *first);
-    a->mixes = true;
+    a->mixes = choir_adapter_data_mixes(d);
     if (first != NULL) index_changes(m->engine, d, first);
     for (size_t i = 0; i < d->n_changes; i++) {
         adapted *item = items != NULL ? &items[i] : &sized;

@@ -40,6 +40,7 @@ uint32_t choir_adapter_max_rank(const choir_adapter *adapter);
 /* False: it replaces matrices or norms, scales what a matrix is given, or has virtual tokens, and can only be a
  * span's sole adapter, weight 1. */
 bool choir_adapter_mixes(const choir_adapter *adapter);
+bool choir_adapter_data_mixes(const choir_adapter_data *data); /* the same, of headers too */
 
 enum { CHOIR_MAX_MIX = 8 };
 /* One of the adapters that a span's rows have; its changes count so much: y = y0 + Σ weight (y_i - y0). */

@@ -1,4 +1,5 @@
-/* The engine's pool of adapters: experts/adapters.h keeps names and bytes, and asks here what they are. */
+/* The engine's pool of adapters: experts/adapters.h keeps names and bytes, and asks here what they
+ * are. */
 #include "engine/state.h"
 
 #include <string.h>
@@ -18,20 +19,20 @@ static choir_status facts_of(const choir_engine *e, const choir_adapter_file *fi
     _Static_assert(sizeof out->invocation == sizeof data->invocation, "all invocations fit");
     *out = (choir_adapter_facts){.bytes = choir_adapter_plan_bytes(e, data, e->adapter_type),
                                  .n_parameters = data->n_parameters,
-                                 .sole = data->n_virtual > 0,
+                                 .sole = !choir_adapter_data_mixes(data),
                                  .max_rank = data->max_rank,
                                  .n_virtual = data->n_virtual,
                                  .n_invocation = data->n_invocation};
-    if (out->bytes == 0)
-        return choir_fail_in(CHOIR_E_UNIMPLEMENTED, "adapter %s", file->name);
+    if (out->bytes == 0) return choir_fail_in(CHOIR_E_UNIMPLEMENTED, "adapter %s", file->name);
+    /* Headers do not tell keys and values from embeddings. */
+    out->bytes += (uint64_t)data->n_virtual * e->config.n_layers * 2 * e->config.n_kv_heads *
+                  e->config.head_dim * sizeof(float);
     /* While it is made, its numbers are there as f32 as well. */
     out->load_bytes = data->n_parameters * sizeof(float);
     memcpy(out->kind, data->kind, sizeof out->kind);
     memcpy(out->invocation, data->invocation, sizeof out->invocation);
-    for (size_t i = 0; i < data->n_changes; i++) {
+    for (size_t i = 0; i < data->n_changes; i++)
         out->targets |= UINT64_C(1) << data->changes[i].role;
-        if ((data->changes[i].has & CHOIR_ADAPTER_HAS_WEIGHT) != 0) out->sole = true;
-    }
     return CHOIR_OK;
 }
 
@@ -56,8 +57,10 @@ static choir_status make(void *user, const choir_adapter_file *file, choir_adapt
     choir_status status = choir_adapter_make(e, data, e->adapter_type, &adapter);
     choir_adapter_data_free(data);
     if (status != CHOIR_OK) return choir_fail_in(status, "adapter %s", file->name);
-    *made = (choir_adapter_made){adapter, choir_adapter_bytes(adapter),
-                                 choir_adapter_digest(adapter)};
+    *made = (choir_adapter_made){.adapter = adapter,
+                                 .bytes = choir_adapter_bytes(adapter),
+                                 .digest = choir_adapter_digest(adapter),
+                                 .sole = !choir_adapter_mixes(adapter)};
     return CHOIR_OK;
 }
 
@@ -67,7 +70,8 @@ static void free_one(void *user, void *adapter)
     choir_adapter_free(adapter);
 }
 
-choir_status choir_engine_open_adapters(choir_engine *e, const choir_engine_adapters_options *options)
+choir_status choir_engine_open_adapters(choir_engine *e,
+                                        const choir_engine_adapters_options *options)
 {
     CHOIR_ASSERT(e->adapters == NULL);
     if (e->adapter_most == 0)

@@ -2,12 +2,18 @@
  * which share the rest. If all experts fit beside the KV pages that are wanted, they are resident;
  * else they are streamed, and the line between the two moves at run time
  * (choir_engine_set_kv_pages). */
+#include "engine/budget.h"
 #include "engine/state.h"
 
 #include <malloc.h>
 
 /* For what no tag counts: stacks, the allocator's slack, a server's connections. */
 enum { SLACK = 40 << 20, MIN_KV_PAGES = 4 };
+
+static uint64_t least_of(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
 
 /* Bytes that this process holds in memory now, besides those of models. */
 static uint64_t process_bytes(void)
@@ -62,92 +68,87 @@ static uint64_t grow_steps(choir_engine *e, uint64_t scratch, uint64_t rest)
     return scratch;
 }
 
-static uint64_t least_of(uint64_t a, uint64_t b)
+/* Adapters have up to a half of what is beside experts and the least of KV. */
+bool choir_budget_fixed(const budget_wishes *w, budget_parts *out)
 {
-    return a < b ? a : b;
+    uint64_t taken = w->experts + w->spare_experts + w->least_kv;
+    uint64_t adapters = w->rest > taken ? least_of((w->rest - taken) / 2, w->adapters) : 0;
+    uint64_t rest = w->rest - adapters;
+    if (w->adapters > 0 && adapters == 0) return false;
+    if (w->experts + w->kv > rest && rest < taken) return false;
+    uint64_t kv = least_of(w->kv, rest - w->experts);
+    *out = (budget_parts){.kv = kv,
+                          .kv_floor = kv,
+                          .adapters = adapters,
+                          .adapter_floor = adapters,
+                          .experts = w->experts};
+    return true;
 }
 
-/* What each part would like, and what is there for all. */
-typedef struct wishes {
-    uint64_t dense, experts, scratch, process, few; /* few: experts to stream with, at least */
-    uint64_t kv, least_kv, rest;
-} wishes;
+/* KV pages and experts each keep an eighth of what they share. Adapters may have up to a half of
+ * what is beside these floors, and keep an eighth of that. */
+bool choir_budget_shared(const budget_wishes *w, budget_parts *out)
+{
+    uint64_t rest = w->rest, eighth = rest / 8;
+    uint64_t kv_floor = least_of(eighth > w->least_kv ? eighth : w->least_kv, w->kv);
+    uint64_t expert_floor = eighth > w->few_experts ? eighth : w->few_experts;
+    if (rest < kv_floor + expert_floor) return false;
+    uint64_t adapters = least_of((rest - kv_floor - expert_floor) / 2, w->adapters);
+    uint64_t kv = least_of(w->kv, rest - expert_floor - adapters);
+    *out = (budget_parts){.kv = kv,
+                          .kv_floor = kv_floor,
+                          .adapters = adapters,
+                          .adapter_floor = adapters / 8,
+                          .experts = rest - kv - adapters / 8};
+    return true;
+}
 
-static void tell_adapters(const choir_engine *e)
+static void take_parts(choir_engine *e, const budget_parts *parts)
 {
     char a[16], b[16];
+    e->options.kv_bytes = parts->kv;
+    e->adapter_most = parts->adapters;
+    e->adapter_floor = parts->adapter_floor;
     if (e->adapter_most < e->options.adapter_bytes)
         choir_log(CHOIR_LOG_WARNING, "adapters may have %s of the memory budget, not %s",
                   choir_format_bytes(e->adapter_most, a),
                   choir_format_bytes(e->options.adapter_bytes, b));
 }
 
-/* Each part has its own memory: adapters up to a half of what is beside experts and the least of KV. */
-static bool plan_fixed(choir_engine *e, const wishes *w, uint64_t experts, uint64_t spare)
-{
-    uint64_t taken = experts + spare + w->least_kv, asked = e->options.adapter_bytes;
-    uint64_t adapters = w->rest > taken ? least_of((w->rest - taken) / 2, asked) : 0;
-    uint64_t rest = w->rest - adapters;
-    if (asked > 0 && adapters == 0) return false;
-    if (experts + w->kv > rest && rest < taken) return false;
-    e->options.kv_bytes = least_of(w->kv, rest - experts);
-    e->adapter_floor = e->adapter_most = adapters;
-    return true;
-}
-
-/* Experts are streamed. Floors: KV pages and experts each keep an eighth of what they share, and adapters an
- * eighth of what they may have, which is up to a half of what is beside those floors. KV's most and adapters'
- * most do not touch each other: whatever neither has now is the experts'. */
-static choir_status plan_shared(choir_engine *e, wishes *w)
-{
-    uint64_t grown = grow_steps(e, w->scratch, w->rest);
-    w->rest -= grown - w->scratch;
-    w->scratch = grown;
-    uint64_t rest = w->rest, kv_floor = rest / 8 > w->least_kv ? rest / 8 : w->least_kv;
-    if (kv_floor > w->kv) kv_floor = w->kv;
-    uint64_t expert_floor = rest / 8 > w->few ? rest / 8 : w->few;
-    if (rest < kv_floor + expert_floor)
-        return too_small(e, w->dense, w->scratch, w->process, w->least_kv + w->few);
-    e->adapter_most =
-        least_of((rest - kv_floor - expert_floor) / 2, e->options.adapter_bytes);
-    e->adapter_floor = e->adapter_now_bytes = e->adapter_most / 8;
-    e->options.kv_bytes = least_of(w->kv, rest - expert_floor - e->adapter_most);
-    e->shared_bytes = rest;
-    e->kv_floor_bytes = kv_floor;
-    e->kv_now_bytes = e->options.kv_bytes;
-    e->options.expert_bytes = rest - e->options.kv_bytes - e->adapter_now_bytes;
-    return CHOIR_OK;
-}
-
-static choir_status plan_parts(choir_engine *e, wishes *w)
-{
-    uint64_t told = e->options.expert_bytes;
-    if (told > 0) { /* nothing is shared */
-        if (plan_fixed(e, w, told, 0)) return CHOIR_OK;
-        return too_small(e, w->dense, w->scratch, w->process, told + w->least_kv);
-    }
-    if (w->experts > 0 && !plan_fixed(e, w, w->experts, w->experts / 8)) return plan_shared(e, w);
-    if (w->experts > 0 || plan_fixed(e, w, 0, 0)) return CHOIR_OK;
-    return too_small(e, w->dense, w->scratch, w->process, w->least_kv);
-}
-
 choir_status choir_budget_plan(choir_engine *e, const choir_model_file *file)
 {
-    wishes w = {.scratch = choir_step_bytes(e), .kv = e->options.kv_bytes};
-    uint64_t memory = e->options.memory_bytes;
+    uint64_t dense, experts, scratch = choir_step_bytes(e), memory = e->options.memory_bytes;
+    uint64_t told = e->options.expert_bytes, least_kv = MIN_KV_PAGES * choir_kv_page_bytes(e);
+    budget_parts parts;
     e->adapter_floor = e->adapter_most = e->options.adapter_bytes;
     if (memory == 0) return CHOIR_OK;
-    CHOIR_TRY(choir_model_file_weigh(file, 64, &w.dense, &w.experts));
-    w.few = few_experts(e, file, w.experts); /* slots are of the largest */
-    w.experts = choir_small_weigh(e, file, w.experts);
+    CHOIR_TRY(choir_model_file_weigh(file, 64, &dense, &experts));
+    uint64_t few = few_experts(e, file, experts); /* slots are of the largest */
+    experts = choir_small_weigh(e, file, experts);
     malloc_trim(0); /* what parsing the model's texts took and gave back */
-    w.process = process_bytes() + SLACK;
-    w.least_kv = MIN_KV_PAGES * choir_kv_page_bytes(e);
-    if (w.kv < w.least_kv) w.kv = w.least_kv;
-    uint64_t fixed = w.dense + w.scratch + w.process;
-    w.rest = memory > fixed ? memory - fixed : 0;
-    CHOIR_TRY(plan_parts(e, &w));
-    tell_adapters(e);
+    uint64_t process = process_bytes() + SLACK, fixed = dense + scratch + process;
+    budget_wishes w = {.rest = memory > fixed ? memory - fixed : 0,
+                       .experts = told > 0 ? told : experts, /* told apart: nothing is shared */
+                       .spare_experts = told > 0 ? 0 : experts / 8,
+                       .few_experts = few,
+                       .kv = e->options.kv_bytes > least_kv ? e->options.kv_bytes : least_kv,
+                       .least_kv = least_kv,
+                       .adapters = e->options.adapter_bytes};
+    if (choir_budget_fixed(&w, &parts)) {
+        take_parts(e, &parts);
+        return CHOIR_OK;
+    }
+    if (told > 0 || experts == 0) return too_small(e, dense, scratch, process, told + least_kv);
+    uint64_t grown = grow_steps(e, scratch, w.rest);
+    w.rest -= grown - scratch;
+    if (!choir_budget_shared(&w, &parts))
+        return too_small(e, dense, grown, process, least_kv + few);
+    take_parts(e, &parts);
+    e->shared_bytes = w.rest;
+    e->kv_floor_bytes = parts.kv_floor;
+    e->kv_now_bytes = parts.kv;
+    e->adapter_now_bytes = parts.adapter_floor;
+    e->options.expert_bytes = parts.experts;
     return CHOIR_OK;
 }
 

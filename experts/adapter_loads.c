@@ -27,11 +27,9 @@ static void free_gone(choir_adapters *pool)
         }
         v = pool->ended;
         pool->ended = v->next_ended;
-        uint64_t bytes = v->adapter != NULL ? v->bytes : 0;
         pthread_mutex_unlock(&pool->lock);
         version_free(pool, v);
         pthread_mutex_lock(&pool->lock);
-        pool->held_bytes -= bytes;
     }
     pthread_mutex_unlock(&pool->lock);
 }
@@ -72,6 +70,7 @@ static void load_end(choir_adapters *pool, adapter_load *load, choir_status stat
     if (status == CHOIR_OK) {
         v->adapter = made->adapter;
         v->bytes = v->facts.bytes = made->bytes;
+        v->facts.sole = made->sole;
         /* Bytes that were changed without a trace: others than before, so another version. */
         if (v->digest != 0 && v->digest != made->digest) v->number = ++pool->n_numbered;
         v->digest = made->digest;
@@ -100,9 +99,13 @@ static void load_anew(choir_adapters *pool, adapter_load *load)
     const choir_adapter_load what = {.name = v->name, .path = v->path, .beneath = v->beneath};
     adapter_files files;
     choir_adapter_facts facts;
-    choir_status status = choir_fail(
-        CHOIR_E_PRECONDITION, "adapter %s: its files have changed while it was loaded", v->name);
-    if (!v->candidate) status = adapter_examine(pool, &what, &files, &facts);
+    pthread_mutex_lock(&pool->lock);
+    bool candidate = v->candidate;
+    pthread_mutex_unlock(&pool->lock);
+    choir_status status =
+        candidate ? choir_fail(CHOIR_E_PRECONDITION,
+                               "adapter %s: its files have changed while it was loaded", v->name)
+                  : adapter_examine(pool, &what, &files, &facts);
     if (status != CHOIR_OK) {
         load_end(pool, load, status, NULL);
         return;

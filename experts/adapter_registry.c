@@ -180,13 +180,14 @@ static void set_kept(choir_adapters *pool, choir_adapter_version *v, bool kept)
 {
     v->kept = kept;
     version_recount(pool, v);
+    pool_shrink(pool);
     pool_nudge(pool);
 }
 
 static choir_status exists(const char *name)
 {
     return choir_fail(CHOIR_E_EXISTS,
-                      "adapter %s has other weights already, from another path: unload it first",
+                      "adapter %s has other weights already, from another path: unload it, or load with replace",
                       name);
 }
 

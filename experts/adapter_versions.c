@@ -131,6 +131,7 @@ void version_end_if_idle(choir_adapters *pool, choir_adapter_version *v)
 {
     if (v->of != NULL || v->n_claims > 0 || v->state == VERSION_LOADING) return;
     pool->n_in_state[v->state]--;
+    if (v->state == VERSION_RESIDENT) pool->held_bytes -= v->bytes;
     pool->stats.n_quarantined -= v->quarantined;
     choir_adapter_version *last = pool->versions[--pool->n_versions];
     pool->versions[v->place] = last;
@@ -178,6 +179,7 @@ void version_retire(choir_adapters *pool, choir_adapter_version *v, choir_adapte
     if (next != NULL) move_claims(pool, v, next);
     version_recount(pool, v);
     version_end_if_idle(pool, v);
+    pool_shrink(pool); /* it may have been kept */
 }
 
 int64_t version_urgency(const choir_adapter_version *v)

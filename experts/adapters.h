@@ -37,13 +37,14 @@ typedef struct choir_adapter_facts {
     uint64_t load_bytes; /* and so many more, besides the file's, while it is made */
     char kind[24];       /* "LoRA", for people */
     uint64_t n_parameters, targets; /* targets: a bit for each of the maker's roles */
-    bool sole;           /* it cannot be mixed or weighed */
+    bool sole;           /* it cannot be mixed or weighed, as far as is known before it is made */
     uint32_t max_rank, n_virtual, n_invocation, invocation[CHOIR_ADAPTER_FACT_TOKENS];
 } choir_adapter_facts;
 
 typedef struct choir_adapter_made {
     void *adapter;
     uint64_t bytes, digest; /* digest: changes whenever what the adapter computes does */
+    bool sole;              /* it cannot be mixed or weighed */
 } choir_adapter_made;
 
 typedef struct choir_adapters_options {

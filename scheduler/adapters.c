@@ -64,7 +64,7 @@ static choir_status make_plan(const choir_scheduler *s, const uint32_t *tokens, 
         uint32_t from = f->n_invocation > 0 ? find_last(tokens, n_tokens, f) : 0;
         if ((f->sole || f->n_virtual > 0) && (p->n > 1 || p->weights[i] != 1))
             return choir_fail(CHOIR_E_INVALID,
-                              "adapter %s replaces weights or brings virtual tokens; it cannot be "
+                              "adapter %s replaces weights, scales inputs or brings virtual tokens; it cannot be "
                               "mixed, and its weight is 1",
                               p->names[i]);
         if (i > 0 && from != p->from)

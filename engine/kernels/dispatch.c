@@ -1,6 +1,8 @@
 /* The one place that asks what the CPU can do. */
 #include "engine/kernels/cpu/levels.h"
 
+#include <stdatomic.h>
+
 #ifdef __x86_64__
 #include <cpuid.h>
 #endif
@@ -14,11 +16,18 @@ static const choir_kernels *const tables[CHOIR_CPU_N_LEVELS] = {
 };
 
 #ifdef __x86_64__
-/* clang 14's __builtin_cpu_supports does not know this one. */
+/* clang 14's __builtin_cpu_supports does not know this one. Asked once: the instruction leaves a virtual machine,
+ * which takes microseconds. */
 static bool has_f16c(void)
 {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+    static atomic_int known; /* relaxed: 0 not asked, 1 no, 2 yes; whoever asks gets the same */
+    int answer = atomic_load_explicit(&known, memory_order_relaxed);
+    if (answer == 0) {
+        unsigned a, b, c, d;
+        answer = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0 ? 2 : 1;
+        atomic_store_explicit(&known, answer, memory_order_relaxed);
+    }
+    return answer == 2;
 }
 #endif
 

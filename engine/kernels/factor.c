@@ -31,58 +31,70 @@ uint16_t choir_f32_to_bf16(float x)
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-static float largest(const float *row, size_t stride, uint32_t length)
+static float largest(const float *x, uint32_t n)
 {
     float max = 0;
-    for (uint32_t i = 0; i < length; i++) max = fmaxf(max, fabsf(row[i * stride]));
+    for (uint32_t i = 0; i < n; i++) {
+        float a = fabsf(x[i]);
+        max = a > max ? a : max;
+    }
     return max;
 }
 
-/* Halves of one row, the largest in [0.5, 1]; returns their scale. */
-static float pack_halves(const float *row, size_t stride, uint32_t length, uint16_t *out)
+/* Halves of one row, which is spent, the largest in [0.5, 1]; returns their scale. */
+static float pack_halves(float *row, uint32_t n, uint16_t *out)
 {
     int exponent;
-    frexpf(largest(row, stride, length), &exponent);
-    if (exponent < -100) exponent = -100; /* ldexpf(1, -exponent) stays finite */
-    for (uint32_t i = 0; i < length; i++) out[i] = f32_to_f16(ldexpf(row[i * stride], -exponent));
+    frexpf(largest(row, n), &exponent);
+    if (exponent < -100) exponent = -100; /* 2^-exponent stays finite */
+    float inverse = ldexpf(1, -exponent);
+    for (uint32_t i = 0; i < n; i++) row[i] *= inverse;
+    choir_kernels_at(choir_cpu_best_level())
+        ->f32_to_f16(row, n, out); /* every level's bits are the same */
     return ldexpf(1, exponent);
 }
 
 /* Codes in [-127, 127] of one row; returns its scale. */
-static float pack_codes(const float *row, size_t stride, uint32_t length, int8_t *out)
+static float pack_codes(const float *row, uint32_t n, int8_t *out)
 {
-    float max = largest(row, stride, length);
-    float inverse = max > 0 ? 127.0F / max : 0;
+    float max = largest(row, n), inverse = max > 0 ? 127.0F / max : 0;
     if (!isfinite(inverse)) return 0; /* too small to count: the codes stay 0 */
-    for (uint32_t i = 0; i < length; i++) out[i] = (int8_t)lrintf(row[i * stride] * inverse);
+    for (uint32_t i = 0; i < n; i++) out[i] = (int8_t)lrintf(row[i] * inverse);
     return max / 127.0F;
 }
 
-choir_factor choir_factor_pack(choir_factor_type type, uint32_t rank, uint32_t length,
-                               const float *from, size_t row_stride, size_t stride, void *data)
+/* One row, which is spent. */
+static void pack_row(choir_factor *f, uint32_t r, float *row)
 {
-    choir_factor f = {type, rank, length, choir_factor_stride(length), data, NULL};
-    float *scales = (float *)((uint8_t *)data + data_bytes(type, rank, length));
-    memset(data, 0, choir_factor_bytes(type, rank, length));
-    if (has_scales(type)) f.scales = scales;
-    for (size_t r = 0; r < rank; r++) {
-        const float *row = from + r * row_stride;
-        size_t at = r * f.stride;
-        switch (type) {
-        case CHOIR_FACTOR_F32:
-            for (uint32_t i = 0; i < length; i++) ((float *)data)[at + i] = row[i * stride];
-            break;
-        case CHOIR_FACTOR_BF16:
-            for (uint32_t i = 0; i < length; i++)
-                ((uint16_t *)data)[at + i] = choir_f32_to_bf16(row[i * stride]);
-            break;
-        case CHOIR_FACTOR_F16:
-            scales[r] = pack_halves(row, stride, length, (uint16_t *)data + at);
-            break;
-        default:
-            scales[r] = pack_codes(row, stride, length, (int8_t *)data + at);
-            break;
-        }
+    uint8_t *to = (uint8_t *)f->data + (size_t)r * f->stride * element_bytes[f->type];
+    float *scales = (float *)f->scales;
+    switch (f->type) {
+    case CHOIR_FACTOR_F32:
+        memcpy(to, row, f->length * sizeof *row);
+        break;
+    case CHOIR_FACTOR_F16:
+        scales[r] = pack_halves(row, f->length, (uint16_t *)to);
+        break;
+    case CHOIR_FACTOR_BF16:
+        for (uint32_t i = 0; i < f->length; i++) ((uint16_t *)to)[i] = choir_f32_to_bf16(row[i]);
+        break;
+    default:
+        scales[r] = pack_codes(row, f->length, (int8_t *)to);
+    }
+}
+
+choir_factor choir_factor_pack(choir_factor_type type, const choir_factor_source *from,
+                               float *scratch, void *data)
+{
+    uint32_t rank = from->rank, n = from->length;
+    choir_factor f = {type, rank, n, choir_factor_stride(n), data, NULL};
+    memset(data, 0, choir_factor_bytes(type, rank, n));
+    if (has_scales(type)) f.scales = (float *)((uint8_t *)data + data_bytes(type, rank, n));
+    for (uint32_t r = 0; r < rank; r++) {
+        const float *row = from->data + r * from->row_stride;
+        for (uint32_t i = 0; i < n; i++) scratch[i] = row[i * from->stride] * from->scale;
+        for (uint32_t i = 0; from->scales != NULL && i < n; i++) scratch[i] *= from->scales[i];
+        pack_row(&f, r, scratch);
     }
     return f;
 }

@@ -130,10 +130,17 @@ typedef struct choir_factor {
 } choir_factor;
 static inline uint32_t choir_factor_stride(uint32_t length) { return (length + 15) & ~15U; }
 size_t choir_factor_bytes(choir_factor_type type, uint32_t rank, uint32_t length); /* data, then scales */
-/* Lays out `rank` rows of f32 that lie `row_stride` apart, their elements `stride` apart, into `data`
- * (choir_factor_bytes). Rounds to nearest. */
-choir_factor choir_factor_pack(choir_factor_type type, uint32_t rank, uint32_t length, const float *from,
-                               size_t row_stride, size_t stride, void *data);
+/* What a factor is made of: element i of row r is data[r row_stride + i stride] scale scales[i]. */
+typedef struct choir_factor_source {
+    const float *data;
+    uint32_t rank, length;
+    size_t row_stride, stride;
+    float scale;
+    const float *scales; /* NULL: ones, or [length] */
+} choir_factor_source;
+/* Into `data` (choir_factor_bytes) by way of scratch [length]; rounds to nearest. */
+choir_factor choir_factor_pack(choir_factor_type type, const choir_factor_source *from, float *scratch,
+                               void *data);
 uint16_t choir_f32_to_bf16(float x); /* finite; to nearest, ties to even */
 static inline float choir_factor_scale(const choir_factor *f, uint32_t r)
 {

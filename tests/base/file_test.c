@@ -146,6 +146,26 @@ static void test_reading_without_memory(void **state)
     unlink(in_folder("m"));
 }
 
+/* Two ends of a file, the last first, and what was begun before goes on behind its own. */
+static void test_writes_at_their_places(void **state)
+{
+    (void)state;
+    choir_save save;
+    char *text;
+    size_t bytes;
+    assert_int_equal(choir_save_begin(in_folder("places"), &save), CHOIR_OK);
+    assert_int_equal(choir_save_write(&save, "head", 4), CHOIR_OK);
+    assert_int_equal(choir_save_write_at(&save, 9, "end", 3), CHOIR_OK);
+    assert_int_equal(choir_save_write_at(&save, 6, "mid", 3), CHOIR_OK);
+    assert_int_equal(choir_save_write(&save, "er", 2), CHOIR_OK);
+    assert_int_equal(choir_save_commit(&save), CHOIR_OK);
+    assert_int_equal(choir_file_read(in_folder("places"), 100, &text, &bytes), CHOIR_OK);
+    assert_int_equal(bytes, 12);
+    assert_string_equal(text, "headermidend");
+    choir_free(text);
+    unlink(in_folder("places"));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -155,6 +175,7 @@ int main(void)
         cmocka_unit_test(test_a_full_disk_is_told),
         cmocka_unit_test(test_folders_with_parents),
         cmocka_unit_test(test_reading_without_memory),
+        cmocka_unit_test(test_writes_at_their_places),
     };
     if (mkdtemp(folder) == NULL) return 1;
     int code = cmocka_run_group_tests(tests, NULL, NULL);

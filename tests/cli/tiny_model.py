@@ -73,10 +73,10 @@ def write_tensors(path, named):
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def write_adapter(folder, scale=1.0, rank=2):
+def write_adapter(folder, scale=1.0, rank=2, seed=9):
     """A LoRA adapter on the MLP; scale 0 changes nothing."""
     folder.mkdir()
-    chance = random.Random(9)
+    chance = random.Random(seed)
     named = []
     for i in range(LAYERS):
         for part, n_in, n_out in (("gate_proj", HIDDEN, FFN), ("up_proj", HIDDEN, FFN), ("down_proj", FFN, HIDDEN)):

@@ -1,4 +1,6 @@
 if(TARGET choir_engine)
+    choir_test(engine_adapters_test SOURCES adapters_test.c LINKS choir_engine)
+    choir_test(engine_budget_test SOURCES budget_test.c LINKS choir_engine)
     choir_test(engine_test SOURCES engine_test.c sequence.c LINKS choir_engine)
     choir_test(engine_streaming_test SOURCES streaming_test.c sequence.c LINKS choir_tune choir_engine)
     choir_test(engine_small_test SOURCES small_test.c sequence.c LINKS choir_tune choir_engine PkgConfig::XXHASH)

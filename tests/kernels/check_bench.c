@@ -109,8 +109,10 @@ static void bench_factors(const choir_kernels *k, choir_factor_type type, uint32
     CHOIR_ASSERT(a != NULL && b != NULL && rank <= 64);
     check_floats(from, sizeof from / sizeof *from);
     check_floats(x, ROWS * IN);
-    choir_factor fa = choir_factor_pack(type, rank, IN, from, IN, 1, a);
-    choir_factor fb = choir_factor_pack(type, rank, OUT, from, OUT, 1, b);
+    choir_factor fa =
+        choir_factor_pack(type, &(choir_factor_source){from, rank, IN, IN, 1, 1, NULL}, y, a);
+    choir_factor fb =
+        choir_factor_pack(type, &(choir_factor_source){from, rank, OUT, OUT, 1, 1, NULL}, y, b);
     for (uint32_t n = 1; n <= ROWS; n = n == 1 ? 4 : n * 8) {
         double down, up;
         BEST(down, 50, k->shrink(&fa, x, IN, n, t, 64));

@@ -9,7 +9,7 @@
 static const uint32_t ranks[] = {1, 2, 3, 4, 5, 8, 16, 33},
                       lengths[] = {1, 15, 16, 17, 48, 79, 576, 1536};
 static const uint32_t row_counts[] = {1, 2, 3, 4, 5, 9};
-enum { N_RANKS = 8, N_LENGTHS = 8, N_COUNTS = 6, PAD = 3 };
+enum { N_RANKS = 8, N_LENGTHS = 8, N_COUNTS = 6, PAD = 3, MAX_LENGTH = 1536 };
 
 typedef struct factor_case {
     const choir_kernels *ref, *k;
@@ -62,10 +62,12 @@ static void check_pack(const choir_kernels *k, choir_factor_type type)
 {
     enum { RANK = 3, N = 21 };
     static const float tolerance[] = {0, 0x1p-11F, 0x1p-8F, 0.5F / 127};
-    float from[N * RANK], unit[N] = {0}, t[RANK];
+    float scratch[N], from[N * RANK], unit[N] = {0}, t[RANK];
     check_floats(from, N * RANK);
     guarded data = check_alloc(choir_factor_bytes(type, RANK, N));
-    choir_factor f = choir_factor_pack(type, RANK, N, from, 1, RANK, data.data); /* turned */
+    choir_factor f =
+        choir_factor_pack(type, &(choir_factor_source){from, RANK, N, 1, RANK, 1, NULL}, scratch,
+                          data.data); /* turned */
     for (uint32_t i = 0; i < N; i++) {
         unit[i] = 1;
         k->shrink(&f, unit, N, 1, t, RANK);
@@ -84,6 +86,8 @@ static void check_pack(const choir_kernels *k, choir_factor_type type)
 
 void check_factors(const choir_kernels *ref, const choir_kernels *k)
 {
+    float scales[MAX_LENGTH], scratch[MAX_LENGTH];
+    check_floats(scales, MAX_LENGTH);
     for (int type = 0; type < CHOIR_N_FACTOR_TYPES; type++) {
         check_pack(k, (choir_factor_type)type);
         for (int r = 0; r < N_RANKS; r++)
@@ -93,10 +97,11 @@ void check_factors(const choir_kernels *ref, const choir_kernels *k)
                     check_alloc(choir_factor_bytes((choir_factor_type)type, ranks[r], lengths[l]));
                 CHOIR_ASSERT(from != NULL);
                 check_floats(from, (size_t)ranks[r] * lengths[l]);
-                factor_case c = {ref, k,
-                                 choir_factor_pack((choir_factor_type)type, ranks[r], lengths[l],
-                                                   from, lengths[l], 1, data.data),
-                                 0};
+                const choir_factor_source source = {from, ranks[r], lengths[l], lengths[l],
+                                                    1,    0.75F,    scales};
+                factor_case c = {
+                    ref, k, choir_factor_pack((choir_factor_type)type, &source, scratch, data.data),
+                    0};
                 for (int n = 0; n < N_COUNTS; n++) {
                     c.n_rows = row_counts[n];
                     check_shrink(&c);

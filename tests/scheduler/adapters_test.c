@@ -185,7 +185,6 @@ static void test_refusals(void **state)
     add(&h, "a", (toy_spec){.seed = 1});
     add(&h, "b", (toy_spec){.seed = 2});
     add(&h, "virtual", (toy_spec){.seed = 3, .n_virtual = 3});
-    add(&h, "sole", (toy_spec){.seed = 3, .sole = true});
     add(&h, "late", (toy_spec){.seed = 4, .n_invocation = 2, .invocation = {8, 9}});
     add(&h, "large", (toy_spec){.seed = 5, .bytes = ROOM});
     add(&h, "long", (toy_spec){.seed = 5, .n_virtual = 250});
@@ -208,7 +207,6 @@ static void test_refusals(void **state)
     REFUSED(CHOIR_E_INVALID, "weight nan", {"a", (float)NAN});
     REFUSED(CHOIR_E_INVALID, "cannot be mixed", {"a", 1}, {"virtual", 1});
     REFUSED(CHOIR_E_INVALID, "cannot be mixed", {"virtual", 0.5F});
-    REFUSED(CHOIR_E_INVALID, "cannot be mixed", {"sole", 1}, {"a", 1});
     REFUSED(CHOIR_E_INVALID, "different tokens", {"a", 1}, {"late", 1});
     REFUSED(CHOIR_E_INVALID, "must fit into 256", {"long", 1});
     REFUSED(CHOIR_E_FULL, "adapter large takes", {"large", 1});
@@ -224,6 +222,28 @@ static void test_refusals(void **state)
                      CHOIR_E_NOT_FOUND);
     says("this model has none");
     end_world(&w);
+    close_house(&h);
+}
+
+/* Of some that is known only when they are there: by then as the request's end, later at once. */
+static void test_sole(void **state)
+{
+    (void)state;
+    house h;
+    open_house(&h);
+    const toy_spec spec = {.seed = 1, .sole = true};
+    add(&h, "sole", spec);
+    add(&h, "a", (toy_spec){.seed = 2});
+    const choir_request_adapter mix[] = {{"a", 1}, {"sole", 1}}, whole = {"sole", 1},
+                                half = {"sole", 0.5F};
+    choir_request m = request_of(mix, 2), w = request_of(&whole, 1), l = request_of(&half, 1);
+    choir_stream *stream;
+    answer x = ask(&h, &m), y = ask(&h, &w), want = alone(&w, &spec);
+    assert_int_equal(x.status, CHOIR_E_INVALID);
+    assert_true(same(&y, &want));
+    assert_int_equal(choir_scheduler_submit(h.w.scheduler, &l, NULL, NULL, &stream),
+                     CHOIR_E_INVALID);
+    says("cannot be mixed");
     close_house(&h);
 }
 
@@ -765,6 +785,7 @@ int main(void)
         cmocka_unit_test(test_ends_while_waiting),
         cmocka_unit_test(test_failed_load),
         cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_sole),
         cmocka_unit_test(test_no_memory),
         cmocka_unit_test(test_mixes),
         cmocka_unit_test(test_keys),

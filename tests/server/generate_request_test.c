@@ -1,5 +1,6 @@
 #include "server/generate_request.h"
 
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -181,12 +182,89 @@ static void a_prompt_must_leave_room(void **state)
     }
 }
 
+/* A mix of n adapters named a, b, …, all of one weight. */
+static void fill_mix(Choir__V1__GenerateRequest *request, Choir__V1__AdapterWeight *list,
+                     Choir__V1__AdapterWeight **pointers, size_t n, float weight)
+{
+    static const char *const names[] = {"a", "b", "c", "d", "e", "f", "g", "h", "i"};
+    for (size_t i = 0; i < n; i++) {
+        choir__v1__adapter_weight__init(&list[i]);
+        list[i].adapter = (char *)names[i];
+        list[i].weight = weight;
+        pointers[i] = &list[i];
+    }
+    request->n_mix = n;
+    request->mix = pointers;
+}
+
+static void adapters_are_taken(void **state)
+{
+    (void)state;
+    Choir__V1__AdapterWeight list[CHOIR_MAX_MIX], *pointers[CHOIR_MAX_MIX];
+    Choir__V1__GenerateRequest request = prompt("abc");
+    choir_generate_request r;
+    request.adapting_case = CHOIR__V1__GENERATE_REQUEST__ADAPTING_ADAPTER;
+    request.adapter = "french";
+    assert_int_equal(make(&request, &r), CHOIR_OK);
+    assert_int_equal(r.request.n_adapters, 1);
+    assert_string_equal(r.request.adapters[0].name, "french");
+    assert_float_equal(r.request.adapters[0].weight, 1, 0);
+    choir_generate_request_free(&r);
+    request.adapter = "";
+    assert_int_equal(make(&request, &r), CHOIR_OK);
+    assert_int_equal(r.request.n_adapters, 0);
+    choir_generate_request_free(&r);
+    fill_mix(&request, list, pointers, CHOIR_MAX_MIX, -8);
+    list[1].weight = 0.25F;
+    assert_int_equal(make(&request, &r), CHOIR_OK);
+    assert_int_equal(r.request.n_adapters, CHOIR_MAX_MIX);
+    assert_string_equal(r.request.adapters[7].name, "h");
+    assert_float_equal(r.request.adapters[7].weight, -8, 0);
+    assert_float_equal(r.request.adapters[1].weight, 0.25F, 0);
+    choir_generate_request_free(&r);
+}
+
+static void bad_mixes_are_refused(void **state)
+{
+    (void)state;
+    enum { TOO_MANY = CHOIR_MAX_MIX + 1 };
+    static const struct {
+        size_t n;
+        float weight;
+        const char *second, *adapter, *says;
+    } cases[] = {
+        {TOO_MANY, 1, NULL, NULL, "mix has more than 8"},
+        {2, 8.5F, NULL, NULL, "mix[0].weight is 8.5; it is -8 to 8"},
+        {2, -9, NULL, NULL, "mix[0].weight is -9; it is -8 to 8"},
+        {2, (float)NAN, NULL, NULL, "nan; it is -8 to 8"},
+        {2, (float)INFINITY, NULL, NULL, "mix[0].weight is inf"},
+        {2, 1, "a", NULL, "mix[1].adapter is \"a\" as mix[0] has it"},
+        {2, 1, "", NULL, "mix[1].adapter is empty; it has 1 to 256 bytes"},
+        {1, 1, NULL, "x", "at most one of adapter, auto_adapter and mix"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Choir__V1__AdapterWeight list[TOO_MANY], *pointers[TOO_MANY];
+        Choir__V1__GenerateRequest request = prompt("abc");
+        choir_generate_request r = {0};
+        fill_mix(&request, list, pointers, cases[i].n, cases[i].weight);
+        if (cases[i].second != NULL) list[1].adapter = (char *)cases[i].second;
+        if (cases[i].adapter != NULL) {
+            request.adapting_case = CHOIR__V1__GENERATE_REQUEST__ADAPTING_ADAPTER;
+            request.adapter = (char *)cases[i].adapter;
+        }
+        assert_int_equal(make(&request, &r), CHOIR_E_INVALID);
+        assert_non_null(strstr(choir_error_message(), cases[i].says));
+        choir_generate_request_free(&r);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(left_out_means_the_models_own), cmocka_unit_test(said_is_taken),
         cmocka_unit_test(chats_go_through_the_template), cmocka_unit_test(survives_failing_memory),
-        cmocka_unit_test(a_prompt_must_leave_room),
+        cmocka_unit_test(a_prompt_must_leave_room),      cmocka_unit_test(adapters_are_taken),
+        cmocka_unit_test(bad_mixes_are_refused),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

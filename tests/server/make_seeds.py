@@ -17,9 +17,14 @@ seeds = {
     "tokens": pb.GenerateRequest(request_id="r", tokens=pb.TokenList(ids=[1, 200, 299]), sampling=sampling,
                                  routing=pb.Routing(no_explore=True), priority=-5),
     "chat": pb.GenerateRequest(model="fuzz", chat=chat),
+    "adapter": pb.GenerateRequest(tokens=pb.TokenList(ids=[5]), adapter="org/french@2"),
+    "mixed": pb.GenerateRequest(tokens=pb.TokenList(ids=[5, 6]), mix=[
+        pb.AdapterWeight(adapter=f"a{i}", weight=w) for i, w in enumerate((-8, 8, 0, 0.5, 1, float("nan"), 2, 3))]),
     "mix": pb.GenerateRequest(prompt="x", mix=[pb.AdapterWeight(adapter="a", weight=0.5)], auto_adapter=True,
                               ensemble="e"),
 }
+seeds["load"] = pb.LoadAdapterRequest(name="org/french@2", path="a/../b", model="fuzz", pin=True, replace=True)
+seeds["list"] = pb.ListAdaptersRequest(model="fuzz", limit=7, after="x")
 for name, message in seeds.items():
     (folder / name).write_bytes(message.SerializeToString())
 (folder / "symbol").write_bytes(b"\x22\x0echoir.v1.Choir")

@@ -71,7 +71,10 @@ static choir_status make(void *user, const choir_adapter_file *file, choir_adapt
     if (a == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a simulated adapter");
     memset(a, 0, (size_t)s.bytes + sizeof *a); /* so that what leaks is seen to grow */
     *a = (simulated_adapter){s.shift, s.poison};
-    *made = (choir_adapter_made){a, (uint64_t)s.bytes, XXH3_64bits(data, file->tensor_bytes) | 1};
+    *made = (choir_adapter_made){.adapter = a,
+                                 .bytes = (uint64_t)s.bytes,
+                                 .digest = XXH3_64bits(data, file->tensor_bytes) | 1,
+                                 .sole = s.sole};
     return CHOIR_OK;
 }
 

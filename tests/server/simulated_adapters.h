@@ -1,8 +1,8 @@
 /* Adapters of the simulated model: each shifts the letters of its answers. They lie on a real disk
- * and are read by the real pool. A folder holds adapter_config.json        {"shift": 3, "bytes":
- * 4096, "sole": false, "poison": false, "make_ms": 0} adapter_model.safetensors  eight bytes with
- * the header's length (2), "{}", then bytes that are all the shift so that a cut or a torn read is
- * seen: make() refuses other bytes, and a length that is not "bytes". */
+ * and are read by the real pool. A folder's adapter_config.json says {"shift": 3, "bytes": 4096},
+ * and "sole", "poison" or "make_ms" where it is meant to be so. Its adapter_model.safetensors is a
+ * header of ten bytes, and then "bytes" times the shift: make() refuses any other byte or length, so
+ * that a cut or a torn read is seen. */
 #pragma once
 #include "scheduler/scheduler.h"
 

@@ -76,8 +76,7 @@ static choir_status parse(const choir_adapter_file *file, settings *s, choir_ada
                &s->poison, &s->spoiled, &s->sole, &at) != 4 ||
         at == 0)
         return choir_fail(CHOIR_E_FORMAT, "adapter %s: its config is malformed", file->name);
-    *facts = (choir_adapter_facts){
-        .kind = "toy", .max_rank = 8, .n_virtual = s->n_virtual, .sole = s->sole != 0};
+    *facts = (choir_adapter_facts){.kind = "toy", .max_rank = 8, .n_virtual = s->n_virtual};
     int n;
     for (; sscanf(file->config + at, " %u%n", &facts->invocation[facts->n_invocation], &n) == 1;
          at += n)
@@ -129,7 +128,7 @@ choir_status toy_make(void *maker, const choir_adapter_file *file, choir_adapter
     *a = (toy_adapter){
         digest_of(file->config, file->config_bytes, file->tensors, file->tensor_bytes), header[2],
         s.n_virtual, s.poison != 0};
-    *made = (choir_adapter_made){a, a->bytes, a->digest};
+    *made = (choir_adapter_made){a, a->bytes, a->digest, s.sole != 0 || s.n_virtual > 0};
     atomic_fetch_add_explicit(&m->n_live, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&m->n_made, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&m->live_bytes, (long long)a->bytes, memory_order_relaxed);

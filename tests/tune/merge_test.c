@@ -313,7 +313,7 @@ static expert_pair draw_experts(uint32_t rank, uint32_t seed)
     expert_pair p = {rank, malloc(n_a * sizeof *p.a), malloc(n_b * sizeof *p.b)};
     for (size_t i = 0; i < n_a + n_b; i++) {
         seed = seed * 1664525 + 1013904223;
-        (i < n_a ? p.a : p.b - n_a)[i] = (float)(seed >> 8) / (1 << 23) - 1;
+        *(i < n_a ? &p.a[i] : &p.b[i - n_a]) = (float)(seed >> 8) / (1 << 23) - 1;
     }
     return p;
 }
@@ -594,6 +594,20 @@ static const char *with_vector(const char *ending, const char *setting)
     return in_folder("vector");
 }
 
+static const char *write_ia3(const char *name)
+{
+    tensors t = {0};
+    float l[32] = {1};
+    remove_folder(in_folder(name));
+    must(choir_folder_make(in_folder(name)));
+    write_text(in_folder(name), "adapter_config.json",
+               "{\"peft_type\": \"IA3\", \"target_modules\": [\"v_proj\"], "
+               "\"feedforward_modules\": []}");
+    add_tensor(&t, "base_model.model.model.layers.0.self_attn.v_proj.ia3_l", 32, 1, l);
+    write_tensors(&t, in_folder(name), "adapter_model.safetensors");
+    return in_folder(name);
+}
+
 static void kinds_that_are_no_sums(void **state)
 {
     (void)state;
@@ -613,9 +627,8 @@ static void kinds_that_are_no_sums(void **state)
     refused(o, CHOIR_E_UNIMPLEMENTED, "is of the kind DoRA");
     adapters[1].folder = with_vector("lora_B.bias", "lora_bias");
     refused(o, CHOIR_E_UNIMPLEMENTED, "whole weights or biases of ATTN_V in layer 0");
-    adapters[1].folder = with_config("kind", "");
-    write_text(in_folder("kind"), "adapter_config.json", "{\"peft_type\": \"IA3\"}");
-    refused(o, CHOIR_E_UNIMPLEMENTED, "IA3");
+    adapters[1].folder = write_ia3("kind");
+    refused(o, CHOIR_E_UNIMPLEMENTED, "is of the kind IA3");
     write_text(in_folder("kind"), "adapter_config.json", "{\"peft_type\": ");
     refused(o, CHOIR_E_FORMAT, "adapter_config.json");
 }

@@ -53,8 +53,8 @@ def test_sampling(choir, help, sampling, words):
     ({"model": "x" * 257}, INVALID, ["model", "257", "256"]),
     ({"model": "nobody"}, grpc.StatusCode.NOT_FOUND, ["nobody"]),
     ({"priority": 1000001}, INVALID, ["priority", "1000001", "1000000"]),
-    ({"adapter": "french"}, PRECONDITION, ["adapter", "not there yet"]),
-    ({"auto_adapter": True}, PRECONDITION, ["auto_adapter", "not there yet"]),
+    ({"adapter": "french"}, grpc.StatusCode.NOT_FOUND, ["adapter", "french"]),
+    ({"auto_adapter": True}, PRECONDITION, ["auto_adapter", "yet"]),
     ({"ensemble": "three"}, PRECONDITION, ["ensemble", "not there yet"]),
     ({"adapter": "x" * 257}, INVALID, ["adapter", "257", "256"]),
 ])
@@ -68,7 +68,7 @@ def test_fields(choir, help, fields, code, words):
 def test_mix_and_router_version(choir, help, pb):
     part = pb.AdapterWeight(adapter="a", weight=1)
     error = refused(choir.Generate(help.request(mix=[part]), timeout=10))
-    assert error.code() == PRECONDITION and "mix" in error.details()
+    assert error.code() == grpc.StatusCode.NOT_FOUND and "adapter a" in error.details()
     error = refused(choir.Generate(help.request(mix=[part], adapter="b"), timeout=10))
     assert error.code() == INVALID and "at most one of" in error.details()
     error = refused(choir.Generate(help.request(mix=[part] * 9), timeout=10))
