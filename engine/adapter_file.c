@@ -3,6 +3,7 @@
 #include "engine/adapter_read.h"
 #include "engine/safetensors.h"
 
+#include <float.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
@@ -74,22 +75,25 @@ choir_status choir_adapter_expect_stack(const choir_adapter_reader *r,
 }
 
 /* Rows of a tensor, whatever its dimensions: all but the last. */
-static choir_tensor view_of(const choir_adapter_tensor *t)
+static choir_status view_of(const choir_adapter_reader *r, const choir_adapter_tensor *t,
+                            choir_tensor *out)
 {
     uint64_t cols = t->n_dims == 0 ? 1 : t->dims[t->n_dims - 1], rows = 1;
     for (uint32_t d = 0; d + 1 < t->n_dims; d++) rows *= t->dims[d];
-    return (choir_tensor){t->dtype, (uint32_t)rows, (uint32_t)cols, t->data, t->bytes};
+    *out = (choir_tensor){t->dtype, (uint32_t)rows, (uint32_t)cols, t->data, t->bytes};
+    if (rows <= UINT32_MAX) return CHOIR_OK;
+    return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has %" PRIu64 " rows", r->name, t->name,
+                      rows);
 }
 
 static choir_status check_finite(const choir_adapter_reader *r, const choir_adapter_tensor *t,
                                  const float *values, size_t n)
 {
-    /* x - x is 0 for what is finite, and NaN for the rest; a sum lets the compiler take many at
-     * once. */
+    /* By the thousand, so that the compiler takes many at once. */
     for (size_t i = 0; i < n;) {
         size_t end = n - i < 4096 ? n : i + 4096;
         int bad = 0;
-        for (; i < end; i++) bad |= !(fabsf(values[i]) <= 3.4028235e38F);
+        for (; i < end; i++) bad |= !(fabsf(values[i]) <= FLT_MAX);
         if (bad)
             return choir_fail(CHOIR_E_DATA_LOSS, "%s: tensor '%.200s' holds NaN or infinity",
                               r->name, t->name);
@@ -103,7 +107,8 @@ choir_status choir_adapter_read(choir_adapter_reader *r, choir_adapter_tensor *t
     t->used = true;
     *out = NULL;
     if (r->headers_only) return CHOIR_OK;
-    choir_tensor view = view_of(t);
+    choir_tensor view;
+    CHOIR_TRY(view_of(r, t, &view));
     if (t->n_dims == 1 && rows != NULL) { /* a vector is cut along its elements */
         if (choir_dtype_block_elements(t->dtype) > 1)
             return choir_fail(CHOIR_E_UNIMPLEMENTED, "%s: tensor '%.200s' is a vector of type %s",
@@ -123,7 +128,8 @@ choir_status choir_adapter_read(choir_adapter_reader *r, choir_adapter_tensor *t
 
 choir_status choir_adapter_load(choir_adapter_reader *r, choir_adapter_tensor *t, const float **out)
 {
-    choir_tensor view = view_of(t);
+    choir_tensor view;
+    CHOIR_TRY(view_of(r, t, &view));
     size_t n = (size_t)view.rows * view.cols;
     t->used = true;
     if (n > r->scratch_n) {
