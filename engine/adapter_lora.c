@@ -186,8 +186,7 @@ static choir_status add_any(const lora *l, const choir_adapter_spot *spot, const
 
 /* Which of a module's parameters a pair is of. PEFT wraps the module once for each parameter that
  * target_parameters names, in the order in which the module has them: the last is the outermost,
- * and each
- * `.base_layer` in the name leads one further in. */
+ * and each ".base_layer" in a name leads one further in. */
 static choir_status find_parameter(const lora *l, const char *tensor, char *module, uint32_t depth)
 {
     const choir_adapter_reader *r = l->reader;
@@ -206,7 +205,7 @@ static choir_status find_parameter(const lora *l, const char *tensor, char *modu
                 r->name, name);
     }
     for (uint32_t i = 0; i < n_all; i++)
-        if (choir_adapter_is_listed(targets, all[i])) memcpy(all[n++], all[i], sizeof all[i]);
+        if (choir_adapter_is_listed(targets, all[i])) memmove(all[n++], all[i], sizeof all[i]);
     if (depth >= n)
         return choir_fail(
             CHOIR_E_INVALID,
