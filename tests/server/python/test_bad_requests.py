@@ -203,14 +203,10 @@ def test_unknown_methods_and_those_to_come(shared, choir, pb):
     for path in ("/choir.v1.Choir/Nothing", "/other.Service/Do", "/"):
         error = refused(shared.channel().unary_stream(path)(b"", timeout=10))
         assert error.code() == grpc.StatusCode.UNIMPLEMENTED, path
-    for call in (choir.LoadAdapter, choir.UnloadAdapter, choir.ListAdapters, choir.Feedback,
-                 choir.ListRouterVersions, choir.PromoteRouter, choir.RollbackRouter,
+    for call in (choir.Feedback, choir.ListRouterVersions, choir.PromoteRouter, choir.RollbackRouter,
                  choir.GetRouterStats):
         with pytest.raises(grpc.RpcError) as error:
-            call.__call__({choir.LoadAdapter: pb.LoadAdapterRequest(),
-                           choir.UnloadAdapter: pb.UnloadAdapterRequest(),
-                           choir.ListAdapters: pb.ListAdaptersRequest(),
-                           choir.Feedback: pb.FeedbackRequest(),
+            call.__call__({choir.Feedback: pb.FeedbackRequest(),
                            choir.ListRouterVersions: pb.ListRouterVersionsRequest(),
                            choir.PromoteRouter: pb.PromoteRouterRequest(),
                            choir.RollbackRouter: pb.RollbackRouterRequest(),
