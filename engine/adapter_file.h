@@ -59,6 +59,11 @@ enum {
     /* `weight` is the file's copy of the base's own matrix: PEFT saves the embeddings beside LoRA on them */
     CHOIR_ADAPTER_HAS_COPY = 256,
 };
+/* W + scale B A, and nothing else. */
+static inline bool choir_adapter_is_lora(const choir_adapter_change *c)
+{
+    return c->has == CHOIR_ADAPTER_HAS_LOW_RANK && c->act == CHOIR_ADAPTER_LINEAR && !c->series && !c->residual;
+}
 /* The role EMBEDDING is looked up, not multiplied: its W x is W's row of the token, and A is [rank, vocab], B
  * [hidden, rank]; rows and cols are those of the role's shape, [vocab, hidden]: `b` has `cols` rows there, and
  * `magnitude` as many numbers, for the columns of W + scale (B A)^T. The role HEAD may be there although the base's

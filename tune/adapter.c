@@ -20,7 +20,7 @@ static choir_status take(choir_tune_adapter *a, const char *folder, const choir_
                           "%s changes %s, which is none of gate_proj, up_proj and down_proj: all "
                           "that an expert can take over",
                           folder, choir_role_text(c->role));
-    if (c->has != CHOIR_ADAPTER_HAS_LOW_RANK || c->act != CHOIR_ADAPTER_LINEAR || c->series)
+    if (!choir_adapter_is_lora(c))
         return choir_fail(CHOIR_E_UNIMPLEMENTED,
                           "%s changes %s of layer %u by a %s; Choir merges LoRA without biases "
                           "into experts",

@@ -316,7 +316,8 @@ static void adapters_that_do_not_fit_are_refused(void **state)
     refused(in_folder("not-there"), out, CHOIR_Q8_0, "not-there");
     refused(in_folder("wide"), out, CHOIR_Q8_0, "[96, 4]");
     refused(in_folder("deep"), out, CHOIR_Q8_0, "layers.3");
-    refused(patched("cannot express", "mlp.up_proj", "att.qu_proj"), out, CHOIR_Q8_0, "att.qu_proj");
+    refused(patched("cannot express", "mlp.up_proj", "att.qu_proj"), out, CHOIR_Q8_0,
+            "att.qu_proj");
     refused(patched("unknown", "lora_B", "lora_C"), out, CHOIR_Q8_0, "lora_B");
     refused(patched("no-mate", "2.mlp.up_proj.lora_A", "2.mlp.up_proj.lora_Z"), out, CHOIR_Q8_0,
             "2.mlp.up_proj.lora_B");
@@ -352,6 +353,26 @@ static void adapter_settings_that_mean_something_else_are_refused(void **state)
         write_text(in_folder("odd"), "adapter_config.json", bad[i].config);
         refused(in_folder("odd"), in_folder("refused.gguf"), CHOIR_Q8_0, bad[i].word);
     }
+}
+
+/* y + B A r with the residual stream r: no change of W, though its factors look like LoRA's. */
+static void bottlenecks_of_the_residual_stream_are_refused(void **state)
+{
+    (void)state;
+    static float zeros[64 * 64];
+    assert_true(shape.hidden * 4 <= 64 * 64);
+    tensors t = {0};
+    add_tensor(&t, "model.layers.0.output_adapters.adapters.x.adapter_down.0.weight", 4,
+               shape.hidden, zeros);
+    add_tensor(&t, "model.layers.0.output_adapters.adapters.x.adapter_up.weight", shape.hidden, 4,
+               zeros);
+    assert_int_equal(mkdir(in_folder("hub"), 0777), 0);
+    write_tensors(&t, in_folder("hub"), "adapter.safetensors");
+    write_text(in_folder("hub"), "adapter_config.json",
+               "{\"config\": {\"non_linearity\": \"linear\", \"is_parallel\": true, "
+               "\"mh_adapter\": false, "
+               "\"output_adapter\": true, \"reduction_factor\": 16}, \"model_type\": \"llama\"}");
+    refused(in_folder("hub"), in_folder("refused.gguf"), CHOIR_Q8_0, "by a bottleneck");
 }
 
 static void adapters_cut_short_are_refused(void **state)
@@ -556,6 +577,7 @@ int main(void)
         cmocka_unit_test(an_output_has_the_same_bytes_again),
         cmocka_unit_test(adapters_that_do_not_fit_are_refused),
         cmocka_unit_test(adapter_settings_that_mean_something_else_are_refused),
+        cmocka_unit_test(bottlenecks_of_the_residual_stream_are_refused),
         cmocka_unit_test(adapters_cut_short_are_refused),
         cmocka_unit_test(weights_that_a_type_cannot_hold_are_refused),
         cmocka_unit_test(other_bases_are_refused),
