@@ -1,10 +1,12 @@
 #include "cli/adapters.h"
 
+#include "scheduler/scheduler.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_WEIGHT = 8, PATH_BYTES = 4096 };
+enum { PATH_BYTES = 4096 };
 
 choir_status choir_cli_adapter_split(const char *text, char *path, size_t bytes, float *weight)
 {
@@ -16,10 +18,10 @@ choir_status choir_cli_adapter_split(const char *text, char *path, size_t bytes,
         char *end;
         double value = strtod(equals + 1, &end);
         if (end != equals + 1 && *end == '\0') {
-            if (!(fabs(value) <= MAX_WEIGHT))
+            if (!(fabs(value) <= CHOIR_MAX_ADAPTER_WEIGHT))
                 return choir_fail(CHOIR_E_INVALID,
                                   "--adapter %.200s: the weight is %.20s, must be -%d to %d", text,
-                                  equals + 1, MAX_WEIGHT, MAX_WEIGHT);
+                                  equals + 1, CHOIR_MAX_ADAPTER_WEIGHT, CHOIR_MAX_ADAPTER_WEIGHT);
             *weight = (float)value;
             n = (size_t)(equals - text);
         }
@@ -166,22 +168,12 @@ choir_status choir_cli_adapters_begin(const choir_cli_adapters *a, choir_engine 
     return CHOIR_OK;
 }
 
-/* Where the last occurrence of its invocation begins; UINT32_MAX: nowhere, the base answers alone.
- */
-static uint32_t activated_from(const choir_adapter_data *d, const uint32_t *prompt, size_t n)
-{
-    for (size_t at = n; at-- > 0;)
-        if (n - at >= d->n_invocation &&
-            memcmp(prompt + at, d->invocation, d->n_invocation * sizeof *prompt) == 0)
-            return (uint32_t)at;
-    return UINT32_MAX;
-}
-
 void choir_cli_adapters_use(const choir_cli_adapters *a, const uint32_t *prompt, size_t n_prompt,
                             choir_span *span)
 {
     span->adapters = a->uses;
     span->n_adapters = a->n;
     if (a->n == 1 && a->data[0]->n_invocation > 0)
-        span->adapter_from = activated_from(a->data[0], prompt, n_prompt);
+        span->adapter_from = choir_adapter_begins(a->data[0]->invocation, a->data[0]->n_invocation,
+                                                  prompt, n_prompt);
 }

@@ -62,6 +62,18 @@ static void name_of(const char *path, char *name, size_t bytes)
     name[n] = '\0';
 }
 
+/* One more of the answerer's adapters. */
+static choir_status keep_adapter(choir_answerer *out, const char *name, float weight)
+{
+    uint32_t i = out->n_adapters;
+    out->names[i] = choir_strdup(CHOIR_MEM_OTHER, name);
+    if (out->names[i] == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a name");
+    out->adapters[i].name = out->names[i];
+    out->adapters[i].weight = weight;
+    out->n_adapters = i + 1;
+    return CHOIR_OK;
+}
+
 /* Registers and reads them, so that a bad one is told before a prompt is. */
 static choir_status load_adapters(const choir_cli_adapter_values *v, choir_answerer *out)
 {
@@ -72,12 +84,10 @@ static choir_status load_adapters(const choir_cli_adapter_values *v, choir_answe
     CHOIR_TRY(choir_engine_open_adapters(out->engine, &o));
     for (uint32_t i = 0; i < v->adapter.n; i++) {
         char path[4096], name[CHOIR_ADAPTER_MAX_NAME + 1];
-        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], path, sizeof path,
-                                          &out->adapters[i].weight));
+        float weight;
+        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], path, sizeof path, &weight));
         name_of(path, name, sizeof name);
-        out->adapters[i].name = out->names[i] = choir_strdup(CHOIR_MEM_OTHER, name);
-        if (out->names[i] == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a name");
-        out->n_adapters = i + 1;
+        CHOIR_TRY(keep_adapter(out, name, weight));
         const choir_adapter_load what = {.name = name, .path = path, .keep = true};
         CHOIR_TRY(choir_adapters_load(choir_engine_adapters(out->engine), &what, NULL));
     }
@@ -104,11 +114,9 @@ static choir_status name_adapters(const choir_cli_adapter_values *v, choir_answe
 {
     for (uint32_t i = 0; i < v->adapter.n; i++) {
         char name[CHOIR_ADAPTER_MAX_NAME + 1];
-        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], name, sizeof name,
-                                          &out->adapters[i].weight));
-        out->adapters[i].name = out->names[i] = choir_strdup(CHOIR_MEM_OTHER, name);
-        if (out->names[i] == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a name");
-        out->n_adapters = i + 1;
+        float weight;
+        CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], name, sizeof name, &weight));
+        CHOIR_TRY(keep_adapter(out, name, weight));
     }
     return CHOIR_OK;
 }

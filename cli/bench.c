@@ -1,5 +1,5 @@
-/* Prefill and decode in tokens/s, beside what the machine gives at best in the same run; and what adapters of
- * random numbers cost a decode, in turn with the base. */
+/* Prefill and decode in tokens/s, beside what the machine gives at best in the same run; and what
+ * adapters of random numbers cost a decode, in turn with the base. */
 #include "cli/adapters.h"
 #include "cli/bench_adapters.h"
 #include "cli/peak.h"
@@ -50,7 +50,7 @@ typedef struct result {
     uint32_t batch;
     double prefill_tokens_per_s, decode_tokens_per_s, decode_s;
     choir_experts_stats before, after; /* of the decode */
-    double base, adapted, ratio; /* with random adapters: medians of the rounds */
+    double base, adapted, ratio;       /* with random adapters: medians of the rounds */
 } result;
 
 static choir_status parse_batches(const char *text, uint32_t *batches, uint32_t *n)
@@ -103,8 +103,10 @@ static choir_status prefill(bench *b, uint32_t batch, double *rate)
     return CHOIR_OK;
 }
 
-/* Sequences with the same adapter are side by side; of more adapters than sequences each step takes others. */
-static const choir_adapter_use *random_use(const bench *b, uint32_t step, uint32_t s, uint32_t batch)
+/* Sequences with the same adapter are side by side; of more adapters than sequences each step takes
+ * others. */
+static const choir_adapter_use *random_use(const bench *b, uint32_t step, uint32_t s,
+                                           uint32_t batch)
 {
     uint32_t n = b->random.n;
     return &b->random.uses[n <= batch ? s * n / batch : (step * batch + s) % n];
@@ -115,15 +117,15 @@ static choir_status decode(bench *b, uint32_t batch, bool random, double *rate)
     uint64_t start = choir_clock_now();
     for (uint32_t i = 0; i < b->generate; i++) {
         for (uint32_t s = 0; s < batch; s++)
-            b->spans[s] = (choir_span){.tokens = b->tokens + s + b->prompt + i,
-                                       .n_tokens = 1,
-                                       .position = b->adapters.n_virtual + b->prompt + i,
-                                       .pages = b->pages + (size_t)s * b->pages_per_sequence,
-                                       .n_pages = b->pages_per_sequence,
-                                       .n_logits = 1,
-                                       .adapters = random ? random_use(b, i, s, batch)
-                                                          : b->adapters.uses,
-                                       .n_adapters = random ? 1 : b->adapters.n};
+            b->spans[s] =
+                (choir_span){.tokens = b->tokens + s + b->prompt + i,
+                             .n_tokens = 1,
+                             .position = b->adapters.n_virtual + b->prompt + i,
+                             .pages = b->pages + (size_t)s * b->pages_per_sequence,
+                             .n_pages = b->pages_per_sequence,
+                             .n_logits = 1,
+                             .adapters = random ? random_use(b, i, s, batch) : b->adapters.uses,
+                             .n_adapters = random ? 1 : b->adapters.n};
         CHOIR_TRY(choir_engine_step(b->engine, b->spans, batch));
         for (uint32_t s = 0; s < batch; s++) CHOIR_TRY(choir_span_failure(&b->spans[s]));
     }
@@ -167,7 +169,8 @@ static choir_status make_random(const values *v, bench *b)
                                      .rank = (uint32_t)v->adapter_rank,
                                      .mlp_alone = strcmp(v->adapter_on, "mlp") == 0};
     if (o.n == 0) return CHOIR_OK;
-    CHOIR_ASSERT(choir_adapter_type_parse(v->adapters.type, &o.type));
+    bool known = choir_adapter_type_parse(v->adapters.type, &o.type);
+    CHOIR_ASSERT(known); /* check() has looked */
     return choir_bench_adapters_make(b->engine, &o, &b->random);
 }
 
@@ -210,7 +213,8 @@ static choir_status open_bench(const values *v, const char *model, uint32_t larg
     return CHOIR_OK;
 }
 
-/* Products of one token in the layers: every matrix that it meets, of experts those it is routed to. */
+/* Products of one token in the layers: every matrix that it meets, of experts those it is routed
+ * to. */
 static double products_per_token(const choir_model_config *c)
 {
     double products = 0;
@@ -251,16 +255,18 @@ static json_t *streamed(const values *v, const result *r)
     const choir_experts_stats *a = &r->after, *b = &r->before;
     if (!a->streamed) return NULL;
     uint64_t hits = a->n_hits - b->n_hits, late = a->n_late_hits - b->n_late_hits,
-             wanted = hits + late + a->n_misses - b->n_misses, bytes = a->bytes_read - b->bytes_read;
+             wanted = hits + late + a->n_misses - b->n_misses,
+             bytes = a->bytes_read - b->bytes_read;
     double busy_s = (double)(a->busy_ns - b->busy_ns) / 1e9,
            stall_s = (double)(a->stall_ns - b->stall_ns) / 1e9;
     if (!v->json)
-        printf("             %s, %s: hits %.0f %%, on their way %.0f %%; %.2f GB read at %.2f GB/s; "
-               "waited %.0f %% of the time; a read's p50 %.1f ms, p99 %.1f ms\n",
-               a->io, a->policy, 100 * share(hits, wanted), 100 * share(late, wanted),
-               (double)bytes / 1e9, busy_s > 0 ? (double)bytes / 1e9 / busy_s : 0,
-               100 * stall_s / r->decode_s, 1e3 * choir_experts_latency(a, 0.5),
-               1e3 * choir_experts_latency(a, 0.99));
+        printf(
+            "             %s, %s: hits %.0f %%, on their way %.0f %%; %.2f GB read at %.2f GB/s; "
+            "waited %.0f %% of the time; a read's p50 %.1f ms, p99 %.1f ms\n",
+            a->io, a->policy, 100 * share(hits, wanted), 100 * share(late, wanted),
+            (double)bytes / 1e9, busy_s > 0 ? (double)bytes / 1e9 / busy_s : 0,
+            100 * stall_s / r->decode_s, 1e3 * choir_experts_latency(a, 0.5),
+            1e3 * choir_experts_latency(a, 0.99));
     uint64_t n_pairs = a->n_predicted - b->n_predicted,
              guesses = a->n_prefetch_used + a->n_prefetch_wasted - b->n_prefetch_used -
                        b->n_prefetch_wasted;
@@ -272,9 +278,9 @@ static json_t *streamed(const values *v, const result *r)
                100 * recall, (unsigned long long)(a->n_prefetched - b->n_prefetched),
                100 * precision, a->prefetching ? "" : " (off: it does not pay)");
     return json_pack("{s:f, s:f, s:s, s:s, s:f, s:f, s:I, s:f, s:f}", "prediction_recall", recall,
-                     "prefetch_precision", precision, "io", a->io, "policy", a->policy,
-                     "hit_rate", share(hits, wanted), "late_hit_rate", share(late, wanted),
-                     "bytes_read", (json_int_t)bytes, "busy_s", busy_s, "stall_s", stall_s);
+                     "prefetch_precision", precision, "io", a->io, "policy", a->policy, "hit_rate",
+                     share(hits, wanted), "late_hit_rate", share(late, wanted), "bytes_read",
+                     (json_int_t)bytes, "busy_s", busy_s, "stall_s", stall_s);
 }
 
 /* NULL: no random adapters. */
@@ -282,14 +288,17 @@ static json_t *adapted(const values *v, const bench *b, const result *r)
 {
     if (b->random.n == 0) return NULL;
     if (!v->json)
-        printf("             %u adapters of rank %u on %s (%s, %.1f MB each): decode %.1f tokens/s, base %.1f: "
+        printf("             %u adapters of rank %u on %s (%s, %.1f MB each): decode %.1f "
+               "tokens/s, base %.1f: "
                "%.1f %%; medians of %u rounds\n",
                b->random.n, (uint32_t)v->adapter_rank, v->adapter_on, v->adapters.type,
-               (double)b->random.bytes / 1e6, r->adapted, r->base, 100 * r->ratio, (uint32_t)v->rounds);
-    return json_pack("{s:I, s:I, s:s, s:s, s:I, s:f, s:f, s:f, s:I}", "n", (json_int_t)b->random.n, "rank",
-                     (json_int_t)v->adapter_rank, "on", v->adapter_on, "type", v->adapters.type, "bytes",
-                     (json_int_t)b->random.bytes, "decode_tokens_per_s", r->adapted, "base_tokens_per_s",
-                     r->base, "ratio", r->ratio, "rounds", (json_int_t)v->rounds);
+               (double)b->random.bytes / 1e6, r->adapted, r->base, 100 * r->ratio,
+               (uint32_t)v->rounds);
+    return json_pack("{s:I, s:I, s:s, s:s, s:I, s:f, s:f, s:f, s:I}", "n", (json_int_t)b->random.n,
+                     "rank", (json_int_t)v->adapter_rank, "on", v->adapter_on, "type",
+                     v->adapters.type, "bytes", (json_int_t)b->random.bytes, "decode_tokens_per_s",
+                     r->adapted, "base_tokens_per_s", r->base, "ratio", r->ratio, "rounds",
+                     (json_int_t)v->rounds);
 }
 
 static void print(const values *v, const bench *b, const result *r, uint32_t n,
@@ -313,12 +322,11 @@ static void print(const values *v, const bench *b, const result *r, uint32_t n,
                    "(%2.0f %%)\n",
                    r[i].batch, prefill, 100 * prefill_share, decode, 100 * decode_share);
         json_t *experts = streamed(v, &r[i]), *random = adapted(v, b, &r[i]);
-        json_array_append_new(runs,
-                              json_pack("{s:i, s:f, s:f, s:f, s:f, s:o*, s:o*}", "batch", (int)r[i].batch,
-                                        "prefill_tokens_per_s", prefill, "decode_tokens_per_s",
-                                        decode, "prefill_share_of_peak", prefill_share,
-                                        "decode_share_of_peak", decode_share,
-                                        "experts", experts, "random_adapters", random));
+        json_array_append_new(
+            runs, json_pack("{s:i, s:f, s:f, s:f, s:f, s:o*, s:o*}", "batch", (int)r[i].batch,
+                            "prefill_tokens_per_s", prefill, "decode_tokens_per_s", decode,
+                            "prefill_share_of_peak", prefill_share, "decode_share_of_peak",
+                            decode_share, "experts", experts, "random_adapters", random));
     }
     json_t *o = json_pack("{s:s, s:i, s:s, s:f, s:f, s:o}", "model", name, "threads",
                           (int)n_threads, "kernels", k->name, "memory_bytes_per_s",
@@ -353,8 +361,7 @@ static choir_status run(void *verb_values, choir_arguments *arguments)
         results[i].before = choir_engine_expert_stats(b.engine);
         CHOIR_TRY_TO(done, status, decode(&b, batches[i], false, &results[i].decode_tokens_per_s));
         results[i].after = choir_engine_expert_stats(b.engine);
-        results[i].decode_s =
-            (double)b.generate * batches[i] / results[i].decode_tokens_per_s;
+        results[i].decode_s = (double)b.generate * batches[i] / results[i].decode_tokens_per_s;
         if (b.random.n > 0)
             CHOIR_TRY_TO(done, status, decode_in_turn(&b, (uint32_t)v->rounds, &results[i]));
     }
@@ -374,7 +381,8 @@ static choir_status check(const void *verb_values, const choir_arguments *argume
     const values *v = verb_values;
     (void)arguments;
     if (strcmp(v->adapter_on, "all") != 0 && strcmp(v->adapter_on, "mlp") != 0)
-        return choir_fail(CHOIR_E_INVALID, "--adapter-on is '%.20s', must be all or mlp", v->adapter_on);
+        return choir_fail(CHOIR_E_INVALID, "--adapter-on is '%.20s', must be all or mlp",
+                          v->adapter_on);
     if (v->random_adapters > 0 && v->adapters.adapter.n > 0)
         return choir_fail(CHOIR_E_INVALID, "--random-adapters and --adapter do not go together");
     return choir_cli_adapters_check(&v->adapters);

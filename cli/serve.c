@@ -208,9 +208,7 @@ static choir_status open_adapters(const values *v, hosted *h)
     if (!has_adapters(v)) return CHOIR_OK;
     bool known = choir_adapter_type_parse(v->adapter_type, &o.type);
     CHOIR_ASSERT(known); /* check() has looked */
-    h->adapter_type = o.type != CHOIR_ADAPTER_AUTO ? o.type
-                      : v->engine.exact            ? CHOIR_ADAPTER_F32
-                                                   : CHOIR_ADAPTER_F16;
+    h->adapter_type = choir_adapter_type_of(h->engine, o.type);
     return choir_engine_open_adapters(h->engine, &o);
 }
 

@@ -1,5 +1,5 @@
 /* Where a step's rows meet their adapters: y = W x becomes scale · W x + B f(A z) + shift, each
- * at with its own. Rows lie sorted by adapter, so that a factor is read once for all rows
+ * row with its own. Rows lie sorted by adapter, so that a factor is read once for all rows
  * that share it, and a row pays its own rank. A z is computed by whoever made the rows,
  * before the phase's meeting; B's columns are cut as W's are: adapters add no meeting of their own
  * (Chen et al. 2023, Punica; Sheng et al. 2023, S-LoRA, for the idea of batching them). */

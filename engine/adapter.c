@@ -26,6 +26,12 @@ bool choir_adapter_type_parse(const char *text, choir_adapter_type *out)
     return false;
 }
 
+choir_adapter_type choir_adapter_type_of(const choir_engine *e, choir_adapter_type type)
+{
+    if (type != CHOIR_ADAPTER_AUTO) return type;
+    return e->options.exact ? CHOIR_ADAPTER_F32 : CHOIR_ADAPTER_F16;
+}
+
 typedef struct maker {
     const choir_engine *engine;
     choir_factor_type type;
@@ -414,8 +420,8 @@ static maker maker_of(const choir_engine *e, choir_adapter_type type, choir_adap
                                                 [CHOIR_ADAPTER_F16] = CHOIR_FACTOR_F16,
                                                 [CHOIR_ADAPTER_BF16] = CHOIR_FACTOR_BF16,
                                                 [CHOIR_ADAPTER_INT8] = CHOIR_FACTOR_INT8};
-    if (type == CHOIR_ADAPTER_AUTO) type = e->options.exact ? CHOIR_ADAPTER_F32 : CHOIR_ADAPTER_F16;
-    return (maker){.engine = e, .type = factors[type], .adapter = adapter};
+    return (maker){
+        .engine = e, .type = factors[choir_adapter_type_of(e, type)], .adapter = adapter};
 }
 
 uint64_t choir_adapter_plan_bytes(const choir_engine *e, const choir_adapter_data *data,

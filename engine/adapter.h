@@ -26,6 +26,8 @@ typedef enum choir_adapter_type {
 } choir_adapter_type;
 const char *choir_adapter_type_text(choir_adapter_type type);
 bool choir_adapter_type_parse(const char *text, choir_adapter_type *out);
+/* What AUTO is for this engine; the others as they are. */
+choir_adapter_type choir_adapter_type_of(const choir_engine *engine, choir_adapter_type type);
 
 choir_status choir_adapter_make(const choir_engine *engine, const choir_adapter_data *data,
                                 choir_adapter_type type, choir_adapter **out) CHOIR_MUST_USE;

@@ -71,6 +71,30 @@ static choir_status read_rank(const choir_adapter_reader *r, const choir_adapter
     return CHOIR_OK;
 }
 
+/* How a layout calls the tensors of a bottleneck, behind what names the module. */
+typedef struct layout {
+    const char *down, *down_bias, *scaling;
+} layout;
+
+/* What lies beside the tensor `down`. *scaling: NULL unless it is there. */
+static choir_status find_parts(const choir_adapter_reader *r, const layout *l, bool wants_scaling,
+                               choir_adapter_tensor *down, choir_adapter_pair *p,
+                               choir_adapter_tensor **scaling)
+{
+    p->a = down;
+    p->a_bias = choir_adapter_beside(r, down->name, l->down, l->down_bias);
+    p->b = choir_adapter_beside(r, down->name, l->down, ".adapter_up.weight");
+    p->b_bias = choir_adapter_beside(r, down->name, l->down, ".adapter_up.bias");
+    *scaling = choir_adapter_beside(r, down->name, l->down, l->scaling);
+    if (p->b == NULL)
+        return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no adapter_up.weight beside it",
+                          r->name, down->name);
+    if (wants_scaling && *scaling == NULL)
+        return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no %s beside it", r->name,
+                          down->name, l->scaling + 1);
+    return read_rank(r, down, &p->rank);
+}
+
 /* -- LLM-Adapters -- */
 
 typedef struct bottleneck {
@@ -83,9 +107,9 @@ static choir_status read_pair(choir_adapter_reader *r, const bottleneck *b,
                               choir_adapter_tensor *down)
 {
     char module[CHOIR_ADAPTER_MAX_NAME];
-    const char *suffix = ".adapter_down.weight";
+    static const layout names = {".adapter_down.weight", ".adapter_down.bias", ".adapter_scaling"};
     choir_adapter_spot spot;
-    CHOIR_TRY(choir_adapter_module_spot(r, down->name, suffix, module, sizeof module, &spot));
+    CHOIR_TRY(choir_adapter_module_spot(r, down->name, names.down, module, sizeof module, &spot));
     choir_role role = spot.places[0]->role;
     if (role == CHOIR_ROLE_EMBEDDING) return choir_adapter_refuse(r, down->name);
     /* Without use_parallel_adapter a name says where: before gate_proj and up_proj, behind
@@ -96,23 +120,10 @@ static choir_status read_pair(choir_adapter_reader *r, const bottleneck *b,
             "%s: tensor '%.200s': without use_parallel_adapter this adapter changes what "
             "its matrix is given; Choir has serial adapters behind down_proj",
             r->name, down->name);
-    choir_adapter_pair p = {
-        .a = down,
-        .a_bias = choir_adapter_beside(r, down->name, suffix, ".adapter_down.bias"),
-        .b = choir_adapter_beside(r, down->name, suffix, ".adapter_up.weight"),
-        .b_bias = choir_adapter_beside(r, down->name, suffix, ".adapter_up.bias"),
-        .scale = b->scale,
-        .act = b->act,
-        .series = !b->parallel};
-    choir_adapter_tensor *scale = choir_adapter_beside(r, down->name, suffix, ".adapter_scaling");
-    if (p.b == NULL)
-        return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no adapter_up.weight beside it",
-                          r->name, down->name);
-    if (b->learned && scale == NULL)
-        return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no adapter_scaling beside it",
-                          r->name, down->name);
+    choir_adapter_pair p = {.scale = b->scale, .act = b->act, .series = !b->parallel};
+    choir_adapter_tensor *scale;
+    CHOIR_TRY(find_parts(r, &names, b->learned, down, &p, &scale));
     if (b->learned) CHOIR_TRY(read_scale(r, scale, &p.scale));
-    CHOIR_TRY(read_rank(r, down, &p.rank));
     return choir_adapter_add_pair(r, &spot, &p);
 }
 
@@ -233,27 +244,16 @@ static choir_status fold_channels(choir_adapter_reader *r, choir_adapter_tensor 
 static choir_status read_hub_pair(const hub *h, choir_adapter_tensor *down)
 {
     choir_adapter_reader *r = h->reader;
-    const char *suffix = ".adapter_down.0.weight";
+    static const layout names = {".adapter_down.0.weight", ".adapter_down.0.bias", ".scaling"};
     choir_adapter_spot spot;
     if (!find_module(h, down->name, &spot)) return choir_adapter_refuse(r, down->name);
     CHOIR_TRY(choir_adapter_check_spot(r, &spot, down->name));
-    choir_adapter_pair p = {
-        .a = down,
-        .a_bias = choir_adapter_beside(r, down->name, suffix, ".adapter_down.0.bias"),
-        .b = choir_adapter_beside(r, down->name, suffix, ".adapter_up.weight"),
-        .b_bias = choir_adapter_beside(r, down->name, suffix, ".adapter_up.bias"),
-        .scale = h->scale,
-        .act = h->act,
-        .series = !h->parallel,
-        .residual = h->parallel || h->sums};
-    choir_adapter_tensor *scale = choir_adapter_beside(r, down->name, suffix, ".scaling");
-    if (p.b == NULL)
-        return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no adapter_up.weight beside it",
-                          r->name, down->name);
-    if ((h->learned || h->by_channel) && scale == NULL)
-        return choir_fail(CHOIR_E_INVALID, "%s: tensor '%.200s' has no scaling beside it", r->name,
-                          down->name);
-    CHOIR_TRY(read_rank(r, down, &p.rank));
+    choir_adapter_pair p = {.scale = h->scale,
+                            .act = h->act,
+                            .series = !h->parallel,
+                            .residual = h->parallel || h->sums};
+    choir_adapter_tensor *scale;
+    CHOIR_TRY(find_parts(r, &names, h->learned || h->by_channel, down, &p, &scale));
     if (h->learned) CHOIR_TRY(read_scale(r, scale, &p.scale));
     CHOIR_TRY(choir_adapter_add_pair(r, &spot, &p));
     return h->by_channel ? fold_channels(r, scale, &r->pieces[r->n_pieces - 1].change) : CHOIR_OK;

@@ -427,6 +427,15 @@ choir_status choir_adapter_list_pairs(const choir_model_config *base, const choi
     return parse(base, s, true, s->tensor_bytes, pairs, out);
 }
 
+uint32_t choir_adapter_begins(const uint32_t *invocation, uint32_t n_invocation,
+                              const uint32_t *tokens, size_t n_tokens)
+{
+    for (size_t at = n_tokens >= n_invocation ? n_tokens - n_invocation + 1 : 0; at-- > 0;)
+        if (memcmp(tokens + at, invocation, n_invocation * sizeof *tokens) == 0)
+            return (uint32_t)at;
+    return CHOIR_ADAPTER_NEVER;
+}
+
 void choir_adapter_data_free(choir_adapter_data *data)
 {
     if (data == NULL) return;

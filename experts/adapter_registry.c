@@ -213,18 +213,29 @@ static choir_status register_found(choir_adapters *pool, const choir_adapter_loa
     return status;
 }
 
-choir_status choir_adapters_register(choir_adapters *pool, const choir_adapter_load *asked)
-{
+/* What is asked for, its path cleaned, and what lies there. */
+typedef struct examined {
     char path[MAX_PATH];
+    choir_adapter_load what;
     adapter_files files;
     choir_adapter_facts facts;
-    choir_adapter_load what = *asked;
-    CHOIR_TRY(choir_adapters_check_name(what.name));
-    CHOIR_TRY(clean_path(pool, &what, path));
-    what.path = path;
-    CHOIR_TRY(adapter_examine(pool, &what, &files, &facts));
+} examined;
+
+static choir_status find_asked(choir_adapters *pool, const choir_adapter_load *asked, examined *out)
+{
+    CHOIR_TRY(choir_adapters_check_name(asked->name));
+    CHOIR_TRY(clean_path(pool, asked, out->path));
+    out->what = *asked;
+    out->what.path = out->path;
+    return adapter_examine(pool, &out->what, &out->files, &out->facts);
+}
+
+choir_status choir_adapters_register(choir_adapters *pool, const choir_adapter_load *asked)
+{
+    examined f;
+    CHOIR_TRY(find_asked(pool, asked, &f));
     pthread_mutex_lock(&pool->lock);
-    choir_status status = register_found(pool, &what, &files, &facts);
+    choir_status status = register_found(pool, &f.what, &f.files, &f.facts);
     pthread_mutex_unlock(&pool->lock);
     return status;
 }
@@ -348,19 +359,13 @@ static choir_status load_found(choir_adapters *pool, const choir_adapter_load *w
 choir_status choir_adapters_load(choir_adapters *pool, const choir_adapter_load *asked,
                                  choir_adapter_info *out)
 {
-    char path[MAX_PATH];
-    adapter_files files;
-    choir_adapter_facts facts;
-    choir_adapter_load what = *asked;
-    CHOIR_TRY(choir_adapters_check_name(what.name));
-    CHOIR_TRY(clean_path(pool, &what, path));
-    what.path = path;
-    CHOIR_TRY(adapter_examine(pool, &what, &files, &facts));
+    examined f;
+    CHOIR_TRY(find_asked(pool, asked, &f));
     pthread_mutex_lock(&pool->lock);
-    choir_status status = load_found(pool, &what, &files, &facts);
-    const adapter_name *name = name_find(pool, what.name);
+    choir_status status = load_found(pool, &f.what, &f.files, &f.facts);
+    const adapter_name *name = name_find(pool, f.what.name);
     if (status == CHOIR_OK && name == NULL)
-        status = choir_fail(CHOIR_E_ABORTED, "adapter %s was unloaded meanwhile", what.name);
+        status = choir_fail(CHOIR_E_ABORTED, "adapter %s was unloaded meanwhile", f.what.name);
     if (status == CHOIR_OK && out != NULL) fill_info(name, out);
     pthread_mutex_unlock(&pool->lock);
     return status;

@@ -13,8 +13,6 @@
 #include <math.h>
 #include <string.h>
 
-enum { NEVER = UINT32_MAX };
-
 choir_status adapters_check(const choir_scheduler *s, const choir_request *from)
 {
     if (from->n_adapters > CHOIR_MAX_MIX)
@@ -37,15 +35,6 @@ choir_status adapters_check(const choir_scheduler *s, const choir_request *from)
     return CHOIR_OK;
 }
 
-/* Where the tokens of the invocation last occur; NEVER: they do not. */
-static uint32_t find_last(const uint32_t *tokens, uint32_t n, const choir_adapter_facts *facts)
-{
-    uint32_t length = facts->n_invocation;
-    for (uint32_t at = n >= length ? n - length + 1 : 0; at-- > 0;)
-        if (memcmp(tokens + at, facts->invocation, length * sizeof *tokens) == 0) return at;
-    return NEVER;
-}
-
 /* What the facts of its adapters mean for a prompt. */
 typedef struct plan {
     const char *const *names; /* in sentences */
@@ -61,7 +50,9 @@ static choir_status make_plan(const choir_scheduler *s, const uint32_t *tokens, 
     p->n_virtual = p->from = 0;
     for (uint32_t i = 0; i < p->n; i++) {
         const choir_adapter_facts *f = p->facts[i];
-        uint32_t from = f->n_invocation > 0 ? find_last(tokens, n_tokens, f) : 0;
+        uint32_t from = 0;
+        if (f->n_invocation > 0)
+            from = choir_adapter_begins(f->invocation, f->n_invocation, tokens, n_tokens);
         if ((f->sole || f->n_virtual > 0) && (p->n > 1 || p->weights[i] != 1))
             return choir_fail(
                 CHOIR_E_INVALID,
@@ -142,7 +133,7 @@ static void take_uses(request *r)
         a->uses[at] =
             (choir_adapter_use){choir_adapter_claim_adapter(&a->claims[i]), a->weights[i]};
     }
-    a->n_uses = a->from == NEVER ? 0 : a->n;
+    a->n_uses = a->from == CHOIR_ADAPTER_NEVER ? 0 : a->n;
     for (uint32_t i = 0; i < a->n; i++) {
         uint32_t bits;
         memcpy(&bits, &a->uses[i].weight, sizeof bits);

@@ -19,15 +19,11 @@ static void put_f16(float x, uint8_t *out)
     memcpy(out, &half, sizeof half);
 }
 
-/* Round to nearest, ties to even. */
 static bool encode_bf16(const float *x, uint32_t n, uint8_t *out)
 {
     for (uint32_t i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, x + i, sizeof bits);
-        uint32_t rounded = bits + 0x7FFF + (bits >> 16 & 1);
-        if ((rounded & 0x7F800000) == 0x7F800000) return false;
-        uint16_t half = (uint16_t)(rounded >> 16);
+        uint16_t half = choir_f32_to_bf16(x[i]);
+        if ((half & 0x7F80) == 0x7F80) return false;
         memcpy(out + 2 * (size_t)i, &half, sizeof half);
     }
     return true;

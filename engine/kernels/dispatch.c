@@ -4,7 +4,7 @@
 #include <stdatomic.h>
 
 #ifdef __x86_64__
-#include <cpuid.h>
+#    include <cpuid.h>
 #endif
 
 static const choir_kernels *const tables[CHOIR_CPU_N_LEVELS] = {
@@ -16,8 +16,8 @@ static const choir_kernels *const tables[CHOIR_CPU_N_LEVELS] = {
 };
 
 #ifdef __x86_64__
-/* clang 14's __builtin_cpu_supports does not know this one. Asked once: the instruction leaves a virtual machine,
- * which takes microseconds. */
+/* clang 14's __builtin_cpu_supports does not know this one. Asked once: the instruction leaves a
+ * virtual machine, which takes microseconds. */
 static bool has_f16c(void)
 {
     static atomic_int known; /* relaxed: 0 not asked, 1 no, 2 yes; whoever asks gets the same */
