@@ -51,27 +51,31 @@ function(choir_library name)
     target_link_libraries(choir_${name} PUBLIC choir_flags ${A_LINKS})
 endfunction()
 
-# choir_test(NAME SOURCES … LINKS … [ARGS …] [TIMEOUT s]): one cmocka program, run by ctest from the
-# source tree's root, so that fixtures are found as tests/fixtures/….
+# choir_test(NAME SOURCES … LINKS … [THREADED]): one cmocka program, run by ctest from the source tree's
+# root, so that fixtures are found as tests/fixtures/…. THREADED: it starts threads, so the thread sanitizer
+# takes it too: the target threaded_tests builds what `ctest -L threaded` runs.
+if(CHOIR_TESTS)
+    add_custom_target(threaded_tests)
+endif()
 function(choir_test name)
-    cmake_parse_arguments(A "" "TIMEOUT" "SOURCES;LINKS;ARGS" ${ARGN})
+    cmake_parse_arguments(A "THREADED" "" "SOURCES;LINKS" ${ARGN})
     add_executable(${name} ${A_SOURCES})
     target_link_libraries(${name} PRIVATE choir_flags ${A_LINKS} PkgConfig::CMOCKA m)
-    add_test(NAME ${name} COMMAND ${name} ${A_ARGS} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
-    if(NOT A_TIMEOUT)
-        set(A_TIMEOUT 600)
+    add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+    if(A_THREADED)
+        set_tests_properties(${name} PROPERTIES LABELS threaded)
+        add_dependencies(threaded_tests ${name})
     endif()
-    set_tests_properties(${name} PROPERTIES TIMEOUT ${A_TIMEOUT})
 endfunction()
 
-# choir_fuzz(NAME SOURCES … LINKS …): a libFuzzer target (clang only); its seeds lie in
-# tests/fuzz/seeds/NAME.
+# choir_fuzz(NAME [SOURCES …] LINKS …): a libFuzzer target (clang only) of NAME.c and what else it needs;
+# its seeds lie in tests/fuzz/seeds/NAME.
 function(choir_fuzz name)
     if(NOT CHOIR_FUZZ)
         return()
     endif()
     cmake_parse_arguments(A "" "" "SOURCES;LINKS" ${ARGN})
-    add_executable(${name} ${A_SOURCES})
+    add_executable(${name} ${name}.c ${A_SOURCES})
     target_link_libraries(${name} PRIVATE choir_flags ${A_LINKS})
     target_compile_options(${name} PRIVATE -fsanitize=fuzzer)
     target_link_options(${name} PRIVATE -fsanitize=fuzzer)

@@ -25,7 +25,7 @@ static choir_tokenizer *tokenizers[N_CASES];
 static const choir_tokenizer *tokenizer(size_t i)
 {
     if (tokenizers[i] == NULL)
-        tokenizers[i] = tokenizer_case_open(CHOIR_FIXTURES "/tokenizer", cases[i].name);
+        tokenizers[i] = tokenizer_case_open("tests/fixtures/tokenizer", cases[i].name);
     return tokenizers[i];
 }
 
