@@ -173,6 +173,14 @@ typedef struct chunk {
     char *data; /* 64-aligned, inside this allocation */
 } chunk;
 
+enum { CHUNK_HEAD = sizeof(chunk) + 64 };
+
+/* Huge pages: thousands of small ones cost more to get than most of what is written into them. */
+static bool is_large(size_t chunk_bytes)
+{
+    return chunk_bytes >= HUGE_PAGE;
+}
+
 struct choir_arena {
     choir_memory_tag tag;
     size_t chunk_bytes;
@@ -194,7 +202,10 @@ void choir_arena_destroy(choir_arena *arena)
     if (arena == NULL) return;
     for (chunk *c = arena->first; c != NULL;) {
         chunk *next = c->next;
-        choir_free(c);
+        if (is_large(c->bytes))
+            choir_free_pages(arena->tag, c, CHUNK_HEAD + c->bytes);
+        else
+            choir_free(c);
         c = next;
     }
     choir_free(arena);
@@ -203,7 +214,8 @@ void choir_arena_destroy(choir_arena *arena)
 static chunk *add_chunk(choir_arena *arena, size_t bytes)
 {
     if (bytes < arena->chunk_bytes) bytes = arena->chunk_bytes;
-    chunk *c = choir_alloc(arena->tag, sizeof *c + 64 + bytes);
+    chunk *c = is_large(bytes) ? choir_alloc_pages(arena->tag, CHUNK_HEAD + bytes)
+                               : choir_alloc(arena->tag, CHUNK_HEAD + bytes);
     if (c == NULL) return NULL;
     c->bytes = bytes;
     c->used = 0;

@@ -10,7 +10,12 @@
 #include <string.h>
 #include <xxhash.h>
 
-enum { ARENA_BYTES = 256 << 10, MAX_CONFIG_BYTES = 4 << 20, MAX_PATH_BYTES = 4096 };
+enum {
+    SMALL_ARENA = 256 << 10,
+    LARGE_ARENA = 16 << 20,
+    MAX_CONFIG_BYTES = 4 << 20,
+    MAX_PATH_BYTES = 4096
+};
 
 static choir_status no_memory(const choir_adapter_reader *r)
 {
@@ -101,6 +106,26 @@ static choir_status check_finite(const choir_adapter_reader *r, const choir_adap
     return CHOIR_OK;
 }
 
+/* Rows 0 to n as f32; `rows`, if it is there, says where they lie. */
+static void read_rows(const choir_tensor *t, const choir_adapter_rows *rows, size_t n, float *to)
+{
+    const choir_kernels *kernels = choir_kernels_at(choir_cpu_best_level());
+    bool move = rows != NULL && choir_adapter_rows_move(rows);
+    size_t row_bytes = choir_dtype_row_bytes(t->dtype, t->cols);
+    /* Factors' rows are short: they are taken many at once where they lie behind each other. */
+    size_t many = move || t->cols > 4096 ? 1 : 65536 / (t->cols + 1) + 1;
+    for (size_t i = 0, k; i < n; i += k) {
+        choir_tensor piece = *t;
+        size_t from = move ? choir_adapter_row(rows, (uint32_t)i) : i;
+        k = many < n - i ? many : n - i;
+        piece.data = (const uint8_t *)t->data + from * row_bytes;
+        if (t->dtype == CHOIR_F16)
+            kernels->f16_to_f32(piece.data, (uint32_t)(k * t->cols), to + i * t->cols);
+        else
+            choir_tensor_part(&piece, 0, (uint32_t)(k * t->cols), to + i * t->cols);
+    }
+}
+
 choir_status choir_adapter_read(choir_adapter_reader *r, choir_adapter_tensor *t,
                                 const choir_adapter_rows *rows, const float **out)
 {
@@ -119,9 +144,7 @@ choir_status choir_adapter_read(choir_adapter_reader *r, choir_adapter_tensor *t
     float *to;
     size_t n_rows = rows != NULL ? rows->n : view.rows, n = n_rows * view.cols;
     CHOIR_TRY(choir_adapter_floats(r, n, &to));
-    for (size_t i = 0; i < n_rows; i++)
-        choir_tensor_row(&view, rows != NULL ? choir_adapter_row(rows, (uint32_t)i) : (uint32_t)i,
-                         to + i * view.cols);
+    read_rows(&view, rows, n_rows, to);
     *out = to;
     return check_finite(r, t, to, n);
 }
@@ -139,8 +162,7 @@ choir_status choir_adapter_load(choir_adapter_reader *r, choir_adapter_tensor *t
         if (r->scratch == NULL) return no_memory(r);
         r->scratch_n = n;
     }
-    for (uint32_t i = 0; i < view.rows; i++)
-        choir_tensor_row(&view, i, r->scratch + (size_t)i * view.cols);
+    read_rows(&view, NULL, view.rows, r->scratch);
     *out = r->scratch;
     return check_finite(r, t, r->scratch, n);
 }
@@ -385,6 +407,13 @@ done:
     return status;
 }
 
+/* Numbers of 16 bits become twice as long. */
+static size_t arena_bytes(const choir_adapter_source *s, bool headers_only)
+{
+    size_t numbers = headers_only ? 0 : 2 * s->tensor_bytes;
+    return numbers < SMALL_ARENA ? SMALL_ARENA : numbers < LARGE_ARENA ? numbers : LARGE_ARENA;
+}
+
 static choir_status parse(const choir_model_config *base, const choir_adapter_source *s,
                           bool headers_only, uint64_t file_bytes, choir_adapter_pairs *pairs,
                           choir_adapter_data **out)
@@ -393,7 +422,8 @@ static choir_status parse(const choir_model_config *base, const choir_adapter_so
         .base = base, .name = s->name, .headers_only = headers_only, .pairs = pairs};
     r.data = choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *r.data);
     if (r.data == NULL) return no_memory(&r);
-    choir_status status = choir_arena_create(CHOIR_MEM_OTHER, ARENA_BYTES, &r.arena);
+    choir_status status =
+        choir_arena_create(CHOIR_MEM_OTHER, arena_bytes(s, headers_only), &r.arena);
     r.data->memory = r.arena;
     if (status == CHOIR_OK)
         status = s->config != NULL ? read_folder(&r, s, file_bytes) : read_gguf(&r, s);

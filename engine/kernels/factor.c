@@ -31,14 +31,16 @@ uint16_t choir_f32_to_bf16(float x)
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+/* Of the absolute values; they are ordered as their bits are, and integers may be compared many at
+ * once. */
 static float largest(const float *x, uint32_t n)
 {
-    float max = 0;
+    int32_t max = 0;
     for (uint32_t i = 0; i < n; i++) {
-        float a = fabsf(x[i]);
-        max = a > max ? a : max;
+        int32_t bits = (int32_t)(f32_to_bits(x[i]) & 0x7fffffff);
+        max = bits > max ? bits : max;
     }
-    return max;
+    return bits_to_f32((uint32_t)max);
 }
 
 /* Halves of one row, which is spent, the largest in [0.5, 1]; returns their scale. */

@@ -217,6 +217,7 @@ typedef struct choir_kernels {
     void (*add)(float *x, const float *y, uint32_t n);                            /* x += y */
     void (*add_scaled)(float *x, const float *y, float scale, uint32_t n);        /* x += scale y */
     void (*f32_to_f16)(const float *x, uint32_t n, uint16_t *out);
+    void (*f16_to_f32)(const void *x, uint32_t n, float *out); /* x [n], need not be aligned */
     void (*attention)(const choir_attention_block *block);
     float (*max)(const float *x, uint32_t n);
     /* sum_i exp(x_i - max) in one fixed order, in double: the softmax denominator over a vocabulary */

@@ -84,6 +84,9 @@ static void test_arena_keeps_its_chunks(void **state)
             memset(p, i, (size_t)i * 7);
         }
         assert_non_null(choir_arena_alloc(arena, 100000));
+        uint8_t *large = choir_arena_alloc(arena, 5000000); /* its chunk is of huge pages */
+        assert_non_null(large);
+        memset(large, round, 5000000);
         if (round > 0) assert_int_equal(choir_memory_n_allocs(), calls);
         assert_true(choir_arena_used(arena) > 100000);
         choir_arena_reset(arena);

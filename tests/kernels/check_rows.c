@@ -49,6 +49,7 @@ static void check_length(const row_case *c)
     COMPARE("add", t->add(out, c->y, c->n));
     COMPARE("add_scaled", t->add_scaled(out, c->y, 0.37F, c->n));
     COMPARE("f32_to_f16", t->f32_to_f16(c->x, c->n, (uint16_t *)out));
+    COMPARE("f16_to_f32", t->f16_to_f32(c->x, c->n, out)); /* any bits are halves */
     COMPARE("max", out[0] = t->max(c->x, c->n));
     COMPARE(
         "sum_exp", do {
@@ -92,6 +93,13 @@ static void check_extremes(const choir_kernels *ref, const choir_kernels *k)
     COMPARE("clamped_swiglu, extremes", t->clamped_swiglu(c->x, c->y, 1.702F, 7, c->n, out));
     COMPARE("softcap, extremes", t->softcap(out, 30, c->n));
     COMPARE("f32_to_f16, extremes", t->f32_to_f16(c->x, c->n, (uint16_t *)out));
+    static const uint16_t halves[] = {0,      0x8000, 1,      0x8001, 0x3FF,  0x400,
+                                      0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00,
+                                      0x7C01, 0x7DFF, 0x7E00, 0xFFFF};
+    const row_case of_halves = {ref, k, x, y, sizeof halves / sizeof *halves};
+    c = &of_halves;
+    COMPARE("f16_to_f32, extremes", t->f16_to_f32(halves, c->n, out));
+    c = &all;
     COMPARE(
         "sum_exp, extremes", do {
             double sum = t->sum_exp(c->x, 0, c->n);

@@ -258,6 +258,7 @@ const choir_kernels choir_kernels_avx512 = {
     .add = add,
     .add_scaled = add_scaled,
     .f32_to_f16 = f32_to_f16_row,
+    .f16_to_f32 = f16_to_f32_row,
     .attention = attention,
     .max = max_of_row,
     .sum_exp = sum_exp,

@@ -313,6 +313,12 @@ static void f32_to_f16_row(const float *x, uint32_t n, uint16_t *out)
     for (uint32_t i = 0; i < n; i++) out[i] = f32_to_f16(x[i]);
 }
 
+static void f16_to_f32_row(const void *x, uint32_t n, float *out)
+{
+    const uint8_t *from = x;
+    for (uint32_t i = 0; i < n; i++) out[i] = f16_to_f32(load_u16(from + (size_t)i * 2));
+}
+
 static float max_of_row(const float *x, uint32_t n)
 {
     float max = -INFINITY;
@@ -346,6 +352,7 @@ const choir_kernels choir_kernels_reference = {
     .add = add,
     .add_scaled = add_scaled,
     .f32_to_f16 = f32_to_f16_row,
+    .f16_to_f32 = f16_to_f32_row,
     .attention = choir_reference_attention,
     .max = max_of_row,
     .sum_exp = sum_exp,

@@ -195,6 +195,18 @@ static void f32_to_f16_row(const float *x, uint32_t n, uint16_t *out)
         });
 }
 
+static void f16_to_f32_row(const void *x, uint32_t n, float *out)
+{
+    const uint16_t *from = x;
+    FOR_ROW(
+        n, { w_store(out + i, w_load_f16(from + i)); },
+        {
+            uint16_t tail[LANES] = {0};
+            memcpy(tail, (const char *)x + (size_t)i * 2, left * sizeof *tail);
+            w_store_first(out + i, w_load_f16(tail), left);
+        });
+}
+
 static float max_of_row(const float *x, uint32_t n)
 {
     wide low = w_set(-__builtin_inff()), max = low;
