@@ -68,11 +68,14 @@ class Choir:
 
 
 class Llama:
+    def options(self, a):  # pylint: disable=unused-argument
+        return []
+
     def __init__(self, a, port):
         self.port = port
         self.process = subprocess.Popen(
             [str(a.programs / "llama-server"), "-m", a.model, "-t", str(a.threads), "-np",
-             str(a.clients), "-c", str(1024 * a.clients), "--port", str(port), "--no-webui"],
+             str(a.clients), "-c", str(1024 * a.clients), "--port", str(port), "--no-webui", *self.options(a)],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(600):
             try:
