@@ -256,6 +256,15 @@ static void fold_a_bias(const maker *m, const choir_adapter_change *c, float *ou
     }
 }
 
+/* The numbers of a factor: in `scratch` where they are lent. */
+static const float *numbers_of(const choir_tensor *lent, const float *numbers, size_t n,
+                               float *scratch)
+{
+    if (lent->data == NULL) return numbers;
+    choir_adapter_to_floats(lent, (uint32_t)n, scratch);
+    return scratch;
+}
+
 static choir_status pack_pair(maker *m, const choir_adapter_change *c, adapted *out)
 {
     uint32_t in = c->series || c->residual ? c->rows : c->cols;
@@ -268,12 +277,18 @@ static choir_status pack_pair(maker *m, const choir_adapter_change *c, adapted *
     out->a_columns = columns;
     for (size_t i = 0; embedding && i < c->rows; i++)
         for (size_t k = 0; k < c->rank; k++) columns[i * c->rank + k] = c->a[k * c->rows + i];
+    size_t longest = in > outputs ? in : outputs;
+    bool lent = c->a_lent.data != NULL || c->b_lent.data != NULL;
     float *scratch =
-        choir_alloc(CHOIR_MEM_SCRATCH, (size_t)(in > outputs ? in : outputs) * sizeof *scratch);
+        choir_alloc(CHOIR_MEM_SCRATCH, (1 + lent * (size_t)c->rank) * longest * sizeof *scratch);
     if (scratch == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for an adapter's factor");
-    const choir_factor_source of_a = {c->a, c->rank, in, in, 1, 1, NULL};
-    const choir_factor_source of_b = {c->b, c->rank, outputs, 1, c->rank, c->scale, out->scale};
-    if (!embedding) out->a = choir_factor_pack(m->type, &of_a, scratch, a);
+    if (!embedding) {
+        const float *from = numbers_of(&c->a_lent, c->a, (size_t)c->rank * in, scratch + longest);
+        const choir_factor_source of_a = {from, c->rank, in, in, 1, 1, NULL};
+        out->a = choir_factor_pack(m->type, &of_a, scratch, a);
+    }
+    const float *from = numbers_of(&c->b_lent, c->b, (size_t)c->rank * outputs, scratch + longest);
+    const choir_factor_source of_b = {from, c->rank, outputs, 1, c->rank, c->scale, out->scale};
     out->b = choir_factor_pack(m->type, &of_b, scratch, b);
     choir_free(scratch);
     return CHOIR_OK;

@@ -13,6 +13,7 @@
 enum {
     SMALL_ARENA = 256 << 10,
     LARGE_ARENA = 16 << 20,
+    MAX_LENT_BYTES = 256 << 20,
     MAX_CONFIG_BYTES = 4 << 20,
     MAX_PATH_BYTES = 4096
 };
@@ -106,10 +107,17 @@ static choir_status check_finite(const choir_adapter_reader *r, const choir_adap
     return CHOIR_OK;
 }
 
+void choir_adapter_to_floats(const choir_tensor *t, uint32_t n, float *out)
+{
+    if (t->dtype == CHOIR_F16)
+        choir_kernels_at(choir_cpu_best_level())->f16_to_f32(t->data, n, out);
+    else
+        choir_tensor_part(t, 0, n, out);
+}
+
 /* Rows 0 to n as f32; `rows`, if it is there, says where they lie. */
 static void read_rows(const choir_tensor *t, const choir_adapter_rows *rows, size_t n, float *to)
 {
-    const choir_kernels *kernels = choir_kernels_at(choir_cpu_best_level());
     bool move = rows != NULL && choir_adapter_rows_move(rows);
     size_t row_bytes = choir_dtype_row_bytes(t->dtype, t->cols);
     /* Factors' rows are short: they are taken many at once where they lie behind each other. */
@@ -119,10 +127,7 @@ static void read_rows(const choir_tensor *t, const choir_adapter_rows *rows, siz
         size_t from = move ? choir_adapter_row(rows, (uint32_t)i) : i;
         k = many < n - i ? many : n - i;
         piece.data = (const uint8_t *)t->data + from * row_bytes;
-        if (t->dtype == CHOIR_F16)
-            kernels->f16_to_f32(piece.data, (uint32_t)(k * t->cols), to + i * t->cols);
-        else
-            choir_tensor_part(&piece, 0, (uint32_t)(k * t->cols), to + i * t->cols);
+        choir_adapter_to_floats(&piece, (uint32_t)(k * t->cols), to + i * t->cols);
     }
 }
 
@@ -147,6 +152,31 @@ choir_status choir_adapter_read(choir_adapter_reader *r, choir_adapter_tensor *t
     read_rows(&view, rows, n_rows, to);
     *out = to;
     return check_finite(r, t, to, n);
+}
+
+/* Of 16 bits each; the exponent of what is no number is all ones. */
+static bool all_finite(const void *data, size_t n, uint16_t exponent)
+{
+    typedef uint16_t __attribute__((may_alias)) half;
+    const half *x = data;
+    int bad = 0;
+    for (size_t i = 0; i < n; i++) bad |= (x[i] & exponent) == exponent;
+    return !bad;
+}
+
+choir_status choir_adapter_lend(choir_adapter_reader *r, choir_adapter_tensor *t,
+                                const choir_adapter_rows *rows, choir_tensor *out)
+{
+    *out = (choir_tensor){0};
+    bool halves = t->dtype == CHOIR_F16 || t->dtype == CHOIR_BF16;
+    if (!r->lends || r->headers_only || !halves || t->bytes > MAX_LENT_BYTES ||
+        (uintptr_t)t->data % 2 != 0 || (rows != NULL && choir_adapter_rows_move(rows)))
+        return CHOIR_OK;
+    CHOIR_TRY(view_of(r, t, out));
+    t->used = true;
+    if (all_finite(t->data, t->bytes / 2, t->dtype == CHOIR_F16 ? 0x7C00 : 0x7F80)) return CHOIR_OK;
+    return choir_fail(CHOIR_E_DATA_LOSS, "%s: tensor '%.200s' holds NaN or infinity", r->name,
+                      t->name);
 }
 
 choir_status choir_adapter_load(choir_adapter_reader *r, choir_adapter_tensor *t, const float **out)
@@ -410,7 +440,7 @@ done:
 /* Numbers of 16 bits become twice as long. */
 static size_t arena_bytes(const choir_adapter_source *s, bool headers_only)
 {
-    size_t numbers = headers_only ? 0 : 2 * s->tensor_bytes;
+    size_t numbers = headers_only || s->lends ? 0 : 2 * s->tensor_bytes;
     return numbers < SMALL_ARENA ? SMALL_ARENA : numbers < LARGE_ARENA ? numbers : LARGE_ARENA;
 }
 
@@ -418,8 +448,11 @@ static choir_status parse(const choir_model_config *base, const choir_adapter_so
                           bool headers_only, uint64_t file_bytes, choir_adapter_pairs *pairs,
                           choir_adapter_data **out)
 {
-    choir_adapter_reader r = {
-        .base = base, .name = s->name, .headers_only = headers_only, .pairs = pairs};
+    choir_adapter_reader r = {.base = base,
+                              .name = s->name,
+                              .headers_only = headers_only,
+                              .pairs = pairs,
+                              .lends = s->lends};
     r.data = choir_calloc(CHOIR_MEM_OTHER, 1, sizeof *r.data);
     if (r.data == NULL) return no_memory(&r);
     choir_status status =

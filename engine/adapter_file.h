@@ -44,6 +44,9 @@ typedef struct choir_adapter_change {
     bool series, residual;   /* residual: of a block's last matrix */
     const float *a, *a_bias; /* [rank, cols] ([rank, rows] where `series` or `residual`), [rank] */
     const float *b, *b_bias; /* [rows, rank], [rows] */
+    /* In place of a or b where `data` is set: the same numbers where they lie in the source (lends),
+     * F16 or BF16, plain LoRA alone. */
+    choir_tensor a_lent, b_lent;
     const float *magnitude;  /* [rows] */
     const float *out_scale;  /* [rows] */
     const float
@@ -107,6 +110,7 @@ typedef struct choir_adapter_source {
     size_t config_bytes;
     const void *tensors; /* adapter_model.safetensors */
     size_t tensor_bytes;
+    bool lends; /* `tensors` stays as long as the data do: numbers may stay there too */
 } choir_adapter_source;
 
 /* `base`: of the model file that is served; its family and rope say how names and rows are meant.
@@ -123,6 +127,8 @@ choir_status choir_adapter_data_check(const choir_model_config *base,
 choir_status choir_adapter_data_open(const choir_model_config *base, const char *path,
                                      choir_adapter_data **out) CHOIR_MUST_USE;
 void choir_adapter_data_free(choir_adapter_data *data);
+/* The first n numbers of a tensor whose rows lie behind each other. */
+void choir_adapter_to_floats(const choir_tensor *t, uint32_t n, float *out);
 
 /* Where the last occurrence of the invocation tokens begins; CHOIR_ADAPTER_NEVER: nowhere, and the
  * base answers alone, as in PEFT. */

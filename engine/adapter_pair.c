@@ -66,11 +66,25 @@ static choir_status add_to_heads(choir_adapter_reader *r, const choir_adapter_sp
     return CHOIR_OK;
 }
 
+/* A factor as f32, or where it lies. */
+static choir_status read_factor(choir_adapter_reader *r, const choir_adapter_pair *p,
+                                choir_adapter_tensor *t, const choir_adapter_rows *rows,
+                                choir_tensor *lent, const float **out)
+{
+    bool plain = p->act == CHOIR_ADAPTER_LINEAR && !p->series && !p->residual &&
+                 p->a_bias == NULL && p->magnitude == NULL;
+    *out = NULL;
+    *lent = (choir_tensor){0};
+    if (plain) CHOIR_TRY(choir_adapter_lend(r, t, rows, lent));
+    return lent->data != NULL ? CHOIR_OK : choir_adapter_read(r, t, rows, out);
+}
+
 /* A pair of one matrix, or of several that lie in one: they share A, and each has its rows of B. */
 choir_status choir_adapter_add_pair(choir_adapter_reader *r, const choir_adapter_spot *spot,
                                     const choir_adapter_pair *p)
 {
     const float *a, *a_bias = NULL;
+    choir_tensor a_lent;
     uint64_t rows, cols;
     if (choir_adapter_is_of_heads(spot->places[0])) return add_to_heads(r, spot, p);
     choir_adapter_whole_shape(r, spot->places[0], &rows, &cols);
@@ -83,7 +97,7 @@ choir_status choir_adapter_add_pair(choir_adapter_reader *r, const choir_adapter
         return choir_fail(CHOIR_E_UNIMPLEMENTED,
                           "%s: tensor '%.200s' comes behind several matrices at once", r->name,
                           p->a->name);
-    CHOIR_TRY(choir_adapter_read(r, p->a, NULL, &a));
+    CHOIR_TRY(read_factor(r, p, p->a, NULL, &a_lent, &a));
     if (p->a_bias != NULL) CHOIR_TRY(choir_adapter_read(r, p->a_bias, NULL, &a_bias));
     for (uint32_t i = 0; i < spot->n_places; i++) {
         const choir_adapter_rows map = choir_adapter_rows_of(r, spot->places[i]);
@@ -94,9 +108,10 @@ choir_status choir_adapter_add_pair(choir_adapter_reader *r, const choir_adapter
         c.series = p->series;
         c.residual = p->residual;
         c.a = a;
+        c.a_lent = a_lent;
         c.a_bias = a_bias;
         c.has = CHOIR_ADAPTER_HAS_LOW_RANK | (p->a_bias != NULL ? CHOIR_ADAPTER_HAS_A_BIAS : 0);
-        CHOIR_TRY(choir_adapter_read(r, p->b, &map, &c.b));
+        CHOIR_TRY(read_factor(r, p, p->b, &map, &c.b_lent, &c.b));
         if (p->b_bias != NULL) {
             CHOIR_TRY(choir_adapter_read(r, p->b_bias, &map, &c.b_bias));
             c.has |= CHOIR_ADAPTER_HAS_B_BIAS;

@@ -47,7 +47,7 @@ typedef struct choir_adapter_piece {
 typedef struct choir_adapter_reader {
     const choir_model_config *base;
     const char *name;
-    bool headers_only;
+    bool headers_only, lends;
     const json_t *config; /* NULL: a GGUF file */
     const choir_gguf *gguf;
     choir_adapter_tensor *tensors; /* by name */
@@ -115,6 +115,10 @@ choir_status choir_adapter_expect_stack(const choir_adapter_reader *reader,
  * the base has them. NULL where only headers are read. */
 choir_status choir_adapter_read(choir_adapter_reader *reader, choir_adapter_tensor *t,
                                 const choir_adapter_rows *rows, const float **out) CHOIR_MUST_USE;
+/* The tensor where it lies, if numbers may stay there and lie as the base has them: its data is NULL if not. Marks it
+ * as used, every number finite. */
+choir_status choir_adapter_lend(choir_adapter_reader *reader, choir_adapter_tensor *t,
+                                const choir_adapter_rows *rows, choir_tensor *out) CHOIR_MUST_USE;
 /* The whole tensor as f32 in scratch memory, until the next call; not where only headers are read.
  */
 choir_status choir_adapter_load(choir_adapter_reader *reader, choir_adapter_tensor *t,

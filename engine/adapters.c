@@ -10,7 +10,8 @@ static choir_adapter_source source_of(const choir_adapter_file *file)
                                   .config = file->config,
                                   .config_bytes = file->config_bytes,
                                   .tensors = file->tensors,
-                                  .tensor_bytes = file->tensor_bytes};
+                                  .tensor_bytes = file->tensor_bytes,
+                                  .lends = true};
 }
 
 static choir_status facts_of(const choir_engine *e, const choir_adapter_file *file,

@@ -60,7 +60,7 @@ static float pack_halves(float *row, uint32_t n, uint16_t *out)
 static float pack_codes(const float *row, uint32_t n, int8_t *out)
 {
     float max = largest(row, n), inverse = max > 0 ? 127.0F / max : 0;
-    if (!isfinite(inverse)) return 0; /* too small to count: the codes stay 0 */
+    if (!isfinite(inverse)) inverse = 0; /* too small to count */
     for (uint32_t i = 0; i < n; i++) out[i] = (int8_t)lrintf(row[i] * inverse);
     return max / 127.0F;
 }
@@ -68,7 +68,9 @@ static float pack_codes(const float *row, uint32_t n, int8_t *out)
 /* One row, which is spent. */
 static void pack_row(choir_factor *f, uint32_t r, float *row)
 {
-    uint8_t *to = (uint8_t *)f->data + (size_t)r * f->stride * element_bytes[f->type];
+    size_t bytes = element_bytes[f->type];
+    uint8_t *to = (uint8_t *)f->data + (size_t)r * f->stride * bytes;
+    memset(to + f->length * bytes, 0, (f->stride - f->length) * bytes);
     float *scales = (float *)f->scales;
     switch (f->type) {
     case CHOIR_FACTOR_F32:
@@ -90,7 +92,6 @@ choir_factor choir_factor_pack(choir_factor_type type, const choir_factor_source
 {
     uint32_t rank = from->rank, n = from->length;
     choir_factor f = {type, rank, n, choir_factor_stride(n), data, NULL};
-    memset(data, 0, choir_factor_bytes(type, rank, n));
     if (has_scales(type)) f.scales = (float *)((uint8_t *)data + data_bytes(type, rank, n));
     for (uint32_t r = 0; r < rank; r++) {
         const float *row = from->data + r * from->row_stride;
