@@ -74,21 +74,29 @@ static choir_status keep_adapter(choir_answerer *out, const char *name, float we
     return CHOIR_OK;
 }
 
-/* Registers and reads them, so that a bad one is told before a prompt is. */
-static choir_status load_adapters(const choir_cli_adapter_values *v, choir_answerer *out)
+static const uint64_t LOAD_NS = 120 * CHOIR_SECOND;
+
+static choir_status open_pool(const choir_cli_adapter_values *v, choir_engine *engine)
 {
     choir_engine_adapters_options o = {0};
     if (v->adapter.n == 0) return CHOIR_OK;
     bool known = choir_adapter_type_parse(v->type, &o.type);
     CHOIR_ASSERT(known); /* choir_cli_adapters_check() has looked */
-    CHOIR_TRY(choir_engine_open_adapters(out->engine, &o));
+    return choir_engine_open_adapters(engine, &o);
+}
+
+/* Registers and reads them, so that a bad one is told before a prompt is. The scheduler runs: of a
+ * budget that experts share it is who gives adapters more than their floor. */
+static choir_status load_adapters(const choir_cli_adapter_values *v, choir_answerer *out)
+{
     for (uint32_t i = 0; i < v->adapter.n; i++) {
         char path[4096], name[CHOIR_ADAPTER_MAX_NAME + 1];
         float weight;
         CHOIR_TRY(choir_cli_adapter_split(v->adapter.item[i], path, sizeof path, &weight));
         name_of(path, name, sizeof name);
         CHOIR_TRY(keep_adapter(out, name, weight));
-        const choir_adapter_load what = {.name = name, .path = path, .keep = true};
+        const choir_adapter_load what = {
+            .name = name, .path = path, .keep = true, .deadline_ns = choir_clock_now() + LOAD_NS};
         CHOIR_TRY(choir_adapters_load(choir_engine_adapters(out->engine), &what, NULL));
     }
     return CHOIR_OK;
@@ -104,9 +112,10 @@ static choir_status open_here(const char *model, const choir_cli_engine_values *
     o.kv_bytes = (uint64_t)512 << 20;
     s.max_step_tokens = o.max_rows;
     CHOIR_TRY(choir_cli_open_engine(model, &o, &out->engine));
-    CHOIR_TRY(load_adapters(adapters, out));
+    CHOIR_TRY(open_pool(adapters, out->engine));
     const choir_step_engine step = choir_step_engine_of(out->engine);
-    return choir_scheduler_create(&step, &s, &out->scheduler);
+    CHOIR_TRY(choir_scheduler_create(&step, &s, &out->scheduler));
+    return load_adapters(adapters, out);
 }
 
 /* The names of a server's adapters. */

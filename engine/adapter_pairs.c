@@ -83,14 +83,17 @@ static choir_status check_plain(const choir_adapter_pairs *pairs, const choir_ad
                           "%s is of the kind %s; adapters of LoRA and rsLoRA can be joined, since "
                           "theirs alone are sums",
                           pairs->folder, data->kind);
-    for (size_t i = 0; i < data->n_changes; i++)
-        if ((data->changes[i].has & CHOIR_ADAPTER_HAS_COPY) == 0 &&
-            data->changes[i].has != CHOIR_ADAPTER_HAS_LOW_RANK)
+    const uint32_t copy = CHOIR_ADAPTER_HAS_COPY | CHOIR_ADAPTER_HAS_WEIGHT;
+    for (size_t i = 0; i < data->n_changes; i++) {
+        uint32_t has = data->changes[i].has;
+        if ((has & CHOIR_ADAPTER_HAS_COPY) != 0) has &= ~copy;
+        if (has != 0 && has != CHOIR_ADAPTER_HAS_LOW_RANK)
             return choir_fail(CHOIR_E_UNIMPLEMENTED,
                               "%s: beside LoRA it has whole weights or biases of %s in layer %u, "
                               "which cannot be joined",
                               pairs->folder, choir_role_text(data->changes[i].role),
                               data->changes[i].layer);
+    }
     return CHOIR_OK;
 }
 

@@ -28,8 +28,15 @@ static choir_status facts_of(const choir_engine *e, const choir_adapter_file *fi
     /* Headers do not tell keys and values from embeddings. */
     out->bytes += (uint64_t)data->n_virtual * e->config.n_layers * 2 * e->config.n_kv_heads *
                   e->config.head_dim * sizeof(float);
-    /* While it is made, its numbers are there as f32 as well. */
-    out->load_bytes = data->n_parameters * sizeof(float);
+    /* While it is made, its numbers are there as f32 as well: the file's, or more where matrices
+     * share some (VeRA's projections). */
+    uint64_t n_numbers = 0;
+    for (size_t i = 0; i < data->n_changes; i++) {
+        const choir_adapter_change *c = &data->changes[i];
+        n_numbers += (uint64_t)c->rank * (c->rows + c->cols);
+    }
+    if (n_numbers < data->n_parameters) n_numbers = data->n_parameters;
+    out->load_bytes = n_numbers * sizeof(float);
     memcpy(out->kind, data->kind, sizeof out->kind);
     memcpy(out->invocation, data->invocation, sizeof out->invocation);
     for (size_t i = 0; i < data->n_changes; i++)

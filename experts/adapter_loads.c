@@ -72,7 +72,10 @@ static void load_end(choir_adapters *pool, adapter_load *load, choir_status stat
         v->bytes = v->facts.bytes = made->bytes;
         v->facts.sole = made->sole;
         /* Bytes that were changed without a trace: others than before, so another version. */
-        if (v->digest != 0 && v->digest != made->digest) v->number = ++pool->n_numbered;
+        if (v->digest != 0 && v->digest != made->digest) {
+            v->number = ++pool->n_numbered;
+            if (!v->quarantined) v->n_poisoned = 0;
+        }
         v->digest = made->digest;
         v->used = ++pool->n_used;
         pool->held_bytes += made->bytes;
@@ -219,6 +222,13 @@ static bool is_over(const adapter_load *load)
            (load->error != 0 || load->n_sent == load->n_pieces);
 }
 
+/* With nothing else in flight the disk took none of its pieces. */
+static bool is_refused(const adapter_load *load)
+{
+    return load->version != NULL && load->ready && load->error == 0 &&
+           load->n_sent < load->n_pieces;
+}
+
 static choir_status make(choir_adapters *pool, const adapter_load *load, choir_adapter_made *made)
 {
     const choir_adapter_version *v = load->version;
@@ -251,7 +261,7 @@ static void finish_load(choir_adapters *pool, adapter_load *load)
     choir_adapter_made made = {0};
     choir_status status;
     int e = load->error;
-    if (e == ENODATA || !files_unchanged(&load->files)) { /* cut, or written to */
+    if (!files_unchanged(&load->files)) { /* cut, or written to */
         load_anew(pool, load);
         return;
     }
@@ -278,6 +288,8 @@ bool loader_turn(choir_adapters *pool)
     bool moved = begin_loads(pool);
     for (uint32_t i = 0; i < MAX_LOADS; i++) send_pieces(pool, &pool->loads[i]);
     bool reading = n_in_flight(pool) > 0;
+    for (uint32_t i = 0; i < MAX_LOADS && !reading; i++)
+        if (is_refused(&pool->loads[i])) pool->loads[i].error = EAGAIN;
     uint32_t n = reading ? pool->disk->reap(pool->disk, done, MAX_REAPED, REAP_NS) : 0;
     for (uint32_t i = 0; i < n; i++) {
         adapter_load *load = &pool->loads[done[i].tag];
@@ -290,7 +302,8 @@ bool loader_turn(choir_adapters *pool)
         moved = true;
     }
     /* Buffers serve the next load at once, but are not kept while there is none. */
-    for (uint32_t i = 0; i < MAX_LOADS && !moved && !reading; i++) drop_buffer(&pool->loads[i]);
+    for (uint32_t i = 0; i < MAX_LOADS && !moved && !reading; i++)
+        if (pool->loads[i].version == NULL) drop_buffer(&pool->loads[i]);
     return moved || reading;
 }
 

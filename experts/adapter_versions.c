@@ -170,6 +170,7 @@ void version_take_files(choir_adapters *pool, choir_adapter_version *v, const ad
     if (version_overhead(v) > pool->most_overhead) pool->most_overhead = version_overhead(v);
     v->number = ++pool->n_numbered;
     v->digest = 0;
+    if (!v->quarantined) v->n_poisoned = 0;
     version_move(pool, v, VERSION_REGISTERED);
 }
 
@@ -179,7 +180,8 @@ void version_retire(choir_adapters *pool, choir_adapter_version *v, choir_adapte
     if (next != NULL) move_claims(pool, v, next);
     version_recount(pool, v);
     version_end_if_idle(pool, v);
-    pool_shrink(pool); /* it may have been kept */
+    pool_shrink(pool); /* it may have been kept, and a load blocked by that */
+    pool_nudge(pool);
 }
 
 int64_t version_urgency(const choir_adapter_version *v)

@@ -120,7 +120,10 @@ choir_status request_create(choir_scheduler *s, const choir_request *from, choir
                    .deadline_ns = from->deadline_ns,
                    .submitted_ns = choir_clock_now(),
                    .root = prefix_root(from->cache_salt, s->engine.digest)};
-    r->rank = (int64_t)(r->submitted_ns / 1000) - from->priority * PRIORITY_US;
+    /* No two are the same: of two mixes that fit one at a time, one must be first. */
+    uint32_t number = atomic_fetch_add_explicit(&s->n_ranked, 1, memory_order_relaxed);
+    int64_t us = (int64_t)(r->submitted_ns / 1000) - from->priority * PRIORITY_US;
+    r->rank = us * 256 + (number & 0xFF);
     r->usage.prompt_tokens = (uint32_t)from->n_tokens;
     collect_end_ids(s, from, r);
     uint32_t n_virtual = 0;

@@ -110,7 +110,7 @@ struct request {
     size_t stop_bytes[CHOIR_MAX_STOPS], longest_stop;
     uint32_t n_stops;
     uint32_t end_ids[CHOIR_MAX_END_IDS], n_end_ids;
-    int64_t rank;           /* lower goes first: the time of arrival, less the priority's worth */
+    int64_t rank;           /* lower goes first: the time of arrival, less the priority's worth; no two have one */
     uint64_t number;        /* order of arrival */
     uint64_t blocked_since; /* the outbox has been full since; 0: it has room */
     uint64_t deadline_ns, submitted_ns, first_step_ns, first_token_ns;
@@ -161,6 +161,7 @@ struct choir_scheduler {
     choir_scheduler_stats published;
     float *published_heat;          /* [n_layers, n_experts], or NULL */
     uint64_t next_number;
+    atomic_uint n_ranked; /* relaxed: requests that were given a rank */
 
     _Atomic uint64_t
         last_progress_ns; /* release by the tick and the first submit, acquire by get_stats */

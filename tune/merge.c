@@ -179,6 +179,9 @@ static choir_status plan(choir_tune_merge *m)
 {
     CHOIR_TRY(read_adapters(m));
     CHOIR_TRY(list_modules(m));
+    if (m->n_modules == 0)
+        return choir_fail(CHOIR_E_INVALID,
+                          "the adapters hold no pairs of LoRA, so there is nothing to merge");
     for (size_t i = 0; i < m->n_modules; i++) CHOIR_TRY(check_module(m, &m->modules[i]));
     CHOIR_TRY(check_layouts(m));
     CHOIR_TRY(choose_rank(m));
