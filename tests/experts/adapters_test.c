@@ -541,6 +541,31 @@ static void test_unreadable(void **state)
     end_world(&w);
 }
 
+/* A ring that takes nothing, with nothing under way: tried again as a failed read is, then told. */
+static void test_a_disk_that_takes_no_reads(void **state)
+{
+    (void)state;
+    world w;
+    bool pinned;
+    make_world(&w, 1024 * KB);
+    add(&w, "a", 1);
+    uint32_t depth = w.disk.depth;
+    w.disk.depth = 0;
+    choir_adapter_claim *a = claim(&w, "a", 0);
+    work(&w);
+    assert_int_equal(choir_adapters_pin(w.pool, a, 1, &pinned), CHOIR_E_UNAVAILABLE);
+    says("adapter a cannot be read");
+    release(&w, a);
+    w.disk.depth = depth;
+    fake_now += 31 * CHOIR_SECOND;
+    a = claim(&w, "a", 0);
+    work(&w);
+    assert_true(pin(&w, a));
+    assert_holds(a, 1);
+    release(&w, a);
+    end_world(&w);
+}
+
 /* What happens to a folder between registration and load: one sentence, and others go on. */
 static void check_change(void (*change)(world *w), const char *sentence)
 {
@@ -993,6 +1018,7 @@ int main(void)
         cmocka_unit_test(test_load_again),
         cmocka_unit_test(test_kept),
         cmocka_unit_test(test_unreadable),
+        cmocka_unit_test(test_a_disk_that_takes_no_reads),
         cmocka_unit_test(test_changes),
         cmocka_unit_test(test_changes_under_the_reader),
         cmocka_unit_test(test_waiting_through_an_unload),
