@@ -15,6 +15,7 @@ Writes adapters of random numbers on all linear matrices (PEFT folders, F16) to 
           and of one that decodes for others meanwhile.
 --only names some of them. Ratios count, medians of the rounds. Needs a dense model, numpy, gguf, grpcio and grpcio-tools."""
 import argparse
+import concurrent.futures
 import http.client
 import itertools
 import json
@@ -22,7 +23,6 @@ import mmap
 import os
 import pathlib
 import random
-import re
 import signal
 import statistics
 import struct
@@ -174,26 +174,19 @@ def stop(server):
 
 def together(clients, a, adapters, n_asked):
     """Every client asks n_asked times, for the next of `adapters`; (tokens/s of all, seconds to each first token)."""
-    waits, errors = [], []
     queue, lock = iter(adapters), threading.Lock()
 
     def run(client):
-        try:
-            for _ in range(n_asked):
-                with lock:
-                    adapter = next(queue)
-                waits.append(client.ask(prompt(a.prompt_bytes), a.generate, adapter))
-        except Exception as error:  # pylint: disable=broad-except
-            errors.append(error)
+        waits = []
+        for _ in range(n_asked):
+            with lock:
+                adapter = next(queue)
+            waits.append(client.ask(prompt(a.prompt_bytes), a.generate, adapter))
+        return waits
 
-    threads = [threading.Thread(target=run, args=(c,)) for c in clients]
     start = time.monotonic()
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    if errors:
-        raise errors[0]
+    with concurrent.futures.ThreadPoolExecutor(len(clients)) as pool:
+        waits = list(itertools.chain(*pool.map(run, clients)))
     return len(waits) * a.generate / (time.monotonic() - start), waits
 
 
@@ -251,7 +244,7 @@ def llama_decode(a, n_rows, *options):
     out = subprocess.run(
         [str(a.programs / "llama-batched-bench"), "-m", a.model, "-t", str(a.threads), "-c", str(n_rows * 64), "-npp", "16",
          "-ntg", "12", "-npl", str(n_rows), *options], capture_output=True, text=True, check=True).stdout
-    return float([line for line in out.splitlines() if re.match(r"^\|\s+\d", line)][-1].split("|")[8])  # S_TG t/s
+    return peer.decode_rate(out)
 
 
 def against_peer(a, _names, _bytes):
@@ -287,30 +280,20 @@ def served(a, names, _bytes):
 
 def disk_bandwidth(paths):
     """Bytes a second of direct reads, a file after the other, four pieces in flight."""
-    work, total = [], 0
-    for path in paths:
-        size = path.stat().st_size
-        total += size
-        work += [(path, at) for at in range(0, size, PIECE)]
-    jobs, lock = iter(work), threading.Lock()
+    pieces = [(path, at) for path in paths for at in range(0, path.stat().st_size, PIECE)]
+    own = threading.local()
 
-    def run():
-        buffer = mmap.mmap(-1, PIECE)
-        while True:
-            with lock:
-                job = next(jobs, None)
-            if job is None:
-                return
-            fd = os.open(job[0], os.O_RDONLY | os.O_DIRECT)
-            os.preadv(fd, [buffer], job[1])
-            os.close(fd)
+    def read(piece):
+        if not hasattr(own, "buffer"):
+            own.buffer = mmap.mmap(-1, PIECE)
+        fd = os.open(piece[0], os.O_RDONLY | os.O_DIRECT)
+        n = os.preadv(fd, [own.buffer], piece[1])
+        os.close(fd)
+        return n
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
     start = time.monotonic()
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        total = sum(pool.map(read, pieces))
     return total / (time.monotonic() - start)
 
 
@@ -338,18 +321,19 @@ def cold(a, names, n_bytes):
     idle = cold_and_warm(client, names[::2])
     ended = threading.Event()
 
-    def decode(c):
+    def others_decode(c):
         while not ended.is_set():
             c.ask(prompt(a.prompt_bytes), a.generate, None)
 
-    others = [threading.Thread(target=decode, args=(ChoirClient(server),)) for _ in range(a.others)]
-    for t in others:
-        t.start()
-    time.sleep(2)
-    busy = cold_and_warm(client, names[1::2])
-    ended.set()
-    for t in others:
-        t.join()
+    with concurrent.futures.ThreadPoolExecutor(max(a.others, 1)) as pool:
+        others = [pool.submit(others_decode, ChoirClient(server)) for _ in range(a.others)]
+        try:
+            time.sleep(2)
+            busy = cold_and_warm(client, names[1::2])
+        finally:
+            ended.set()
+    for other in others:
+        other.result()
     stats = server.stats().adapters
     stop(server)
     print(f"cold: {n_bytes / 1e6:.1f} MB at {rate / 1e9:.2f} GB/s and 20 ms: {1e3 * allowed:.1f} ms allowed; a load took "

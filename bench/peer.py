@@ -4,6 +4,7 @@ Used by the benchmarks in this folder; `build()` takes about 15 minutes on two c
 import argparse
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -37,6 +38,12 @@ def build() -> pathlib.Path:
     subprocess.run(["ninja", "-C", str(root / "build"), *TARGETS], check=True,
                    stdout=subprocess.DEVNULL)
     return programs
+
+
+def decode_rate(text) -> float:
+    """Decoded tokens/s of the last row that llama-batched-bench has printed."""
+    rows = [line for line in text.splitlines() if re.match(r"^\|\s+\d", line)]
+    return float(rows[-1].split("|")[8])  # S_TG t/s
 
 
 def arguments(description, rounds, **numbers) -> argparse.Namespace:

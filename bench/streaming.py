@@ -15,12 +15,13 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
 import time
 import uuid
+
+import peer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -82,8 +83,7 @@ def run(command, limit):
 def llama(args, batch, limit):
     out = run([str(x) for x in (args.llama / "llama-batched-bench", "-m", args.gguf, "-t", args.threads, "-c", 4096,
                                 "-npp", args.prompt, "-ntg", args.llama_tokens, "-npl", batch, "--no-repack")], limit)
-    rows = [line for line in out.splitlines() if re.match(r"^\|\s+\d", line)]
-    return float(rows[-1].split("|")[8])  # S_TG t/s
+    return peer.decode_rate(out)
 
 
 def choir(args, batch, limit):

@@ -261,7 +261,7 @@ static const float *numbers_of(const choir_tensor *lent, const float *numbers, s
                                float *scratch)
 {
     if (lent->data == NULL) return numbers;
-    choir_adapter_to_floats(lent, (uint32_t)n, scratch);
+    choir_tensor_part(lent, 0, (uint32_t)n, scratch);
     return scratch;
 }
 

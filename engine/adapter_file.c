@@ -107,14 +107,6 @@ static choir_status check_finite(const choir_adapter_reader *r, const choir_adap
     return CHOIR_OK;
 }
 
-void choir_adapter_to_floats(const choir_tensor *t, uint32_t n, float *out)
-{
-    if (t->dtype == CHOIR_F16)
-        choir_kernels_at(choir_cpu_best_level())->f16_to_f32(t->data, n, out);
-    else
-        choir_tensor_part(t, 0, n, out);
-}
-
 /* Rows 0 to n as f32; `rows`, if it is there, says where they lie. */
 static void read_rows(const choir_tensor *t, const choir_adapter_rows *rows, size_t n, float *to)
 {
@@ -127,7 +119,7 @@ static void read_rows(const choir_tensor *t, const choir_adapter_rows *rows, siz
         size_t from = move ? choir_adapter_row(rows, (uint32_t)i) : i;
         k = many < n - i ? many : n - i;
         piece.data = (const uint8_t *)t->data + from * row_bytes;
-        choir_adapter_to_floats(&piece, (uint32_t)(k * t->cols), to + i * t->cols);
+        choir_tensor_part(&piece, 0, (uint32_t)(k * t->cols), to + i * t->cols);
     }
 }
 

@@ -113,6 +113,9 @@ typedef struct choir_adapter_source {
     bool lends; /* `tensors` stays as long as the data do: numbers may stay there too */
 } choir_adapter_source;
 
+/* The files of PEFT's folder, mapped; the map and the configuration's text are the caller's. */
+choir_status choir_adapter_open_files(const char *folder, choir_adapter_source *source,
+                                      char **config, choir_map *map) CHOIR_MUST_USE;
 /* `base`: of the model file that is served; its family and rope say how names and rows are meant.
  */
 choir_status choir_adapter_data_parse(const choir_model_config *base,
@@ -127,8 +130,6 @@ choir_status choir_adapter_data_check(const choir_model_config *base,
 choir_status choir_adapter_data_open(const choir_model_config *base, const char *path,
                                      choir_adapter_data **out) CHOIR_MUST_USE;
 void choir_adapter_data_free(choir_adapter_data *data);
-/* The first n numbers of a tensor whose rows lie behind each other. */
-void choir_adapter_to_floats(const choir_tensor *t, uint32_t n, float *out);
 
 /* Where the last occurrence of the invocation tokens begins; CHOIR_ADAPTER_NEVER: nowhere, and the
  * base answers alone, as in PEFT. */

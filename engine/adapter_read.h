@@ -205,10 +205,7 @@ bool choir_adapter_ends_with(const char *name, const char *suffix);
 /* Takes `suffix` off the end of `name`; false: it does not end so. */
 bool choir_adapter_strip(char *name, const char *suffix);
 
-/* adapter_file.c: the files of an adapter's folder, mapped; the configuration's text is the caller's. */
-choir_status choir_adapter_open_files(const char *folder, choir_adapter_source *source,
-                                      char **config, choir_map *map) CHOIR_MUST_USE;
-/* Headers alone are read, with the pairs' places in the file; those live as long as the data. */
+/* adapter_file.c: headers alone are read, with the pairs' places in the file; those live as long as the data. */
 choir_status choir_adapter_list_pairs(const choir_model_config *base,
                                       const choir_adapter_source *source,
                                       choir_adapter_pairs *pairs,

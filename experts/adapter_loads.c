@@ -72,10 +72,7 @@ static void load_end(choir_adapters *pool, adapter_load *load, choir_status stat
         v->bytes = v->facts.bytes = made->bytes;
         v->facts.sole = made->sole;
         /* Bytes that were changed without a trace: others than before, so another version. */
-        if (v->digest != 0 && v->digest != made->digest) {
-            v->number = ++pool->n_numbered;
-            if (!v->quarantined) v->n_poisoned = 0;
-        }
+        if (v->digest != 0 && v->digest != made->digest) version_renumber(pool, v);
         v->digest = made->digest;
         v->used = ++pool->n_used;
         pool->held_bytes += made->bytes;
@@ -197,10 +194,15 @@ static bool begin_loads(choir_adapters *pool)
     return moved;
 }
 
+static bool has_unsent(const adapter_load *load)
+{
+    return load->ready && load->error == 0 && load->n_sent < load->n_pieces;
+}
+
 static void send_pieces(choir_adapters *pool, adapter_load *load)
 {
     uint32_t number = (uint32_t)(load - pool->loads);
-    while (load->ready && load->error == 0 && load->n_sent < load->n_pieces) {
+    while (has_unsent(load)) {
         uint64_t offset = (uint64_t)load->n_sent * PIECE_BYTES;
         uint64_t left = load->files.tensors_mark.bytes - offset;
         uint32_t need = left < PIECE_BYTES ? (uint32_t)left : PIECE_BYTES;
@@ -220,13 +222,6 @@ static bool is_over(const adapter_load *load)
 {
     return load->version != NULL && load->n_in_flight == 0 &&
            (load->error != 0 || load->n_sent == load->n_pieces);
-}
-
-/* With nothing else in flight the disk took none of its pieces. */
-static bool is_refused(const adapter_load *load)
-{
-    return load->version != NULL && load->ready && load->error == 0 &&
-           load->n_sent < load->n_pieces;
 }
 
 static choir_status make(choir_adapters *pool, const adapter_load *load, choir_adapter_made *made)
@@ -288,8 +283,9 @@ bool loader_turn(choir_adapters *pool)
     bool moved = begin_loads(pool);
     for (uint32_t i = 0; i < MAX_LOADS; i++) send_pieces(pool, &pool->loads[i]);
     bool reading = n_in_flight(pool) > 0;
+    /* With nothing in flight the disk took none of these. */
     for (uint32_t i = 0; i < MAX_LOADS && !reading; i++)
-        if (is_refused(&pool->loads[i])) pool->loads[i].error = EAGAIN;
+        if (has_unsent(&pool->loads[i])) pool->loads[i].error = EAGAIN;
     uint32_t n = reading ? pool->disk->reap(pool->disk, done, MAX_REAPED, REAP_NS) : 0;
     for (uint32_t i = 0; i < n; i++) {
         adapter_load *load = &pool->loads[done[i].tag];

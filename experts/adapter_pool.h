@@ -166,6 +166,8 @@ void version_evict(choir_adapters *pool, choir_adapter_version *v);
 void version_retire(choir_adapters *pool, choir_adapter_version *v, choir_adapter_version *next);
 /* Claims of former versions of its name that are not pinned become its own. */
 void version_adopt(choir_adapters *pool, choir_adapter_version *v);
+/* Its weights are others now. */
+void version_renumber(choir_adapters *pool, choir_adapter_version *v);
 /* While it is LOADING: other files lie at its path. It is REGISTERED as what they are, under a new number. */
 void version_take_files(choir_adapters *pool, choir_adapter_version *v, const adapter_files *files,
                         const choir_adapter_facts *facts);

@@ -163,14 +163,19 @@ void version_adopt(choir_adapters *pool, choir_adapter_version *v)
     }
 }
 
+void version_renumber(choir_adapters *pool, choir_adapter_version *v)
+{
+    v->number = ++pool->n_numbered;
+    if (!v->quarantined) v->n_poisoned = 0;
+}
+
 void version_take_files(choir_adapters *pool, choir_adapter_version *v, const adapter_files *files,
                         const choir_adapter_facts *facts)
 {
     take_marks(v, files, facts);
     if (version_overhead(v) > pool->most_overhead) pool->most_overhead = version_overhead(v);
-    v->number = ++pool->n_numbered;
+    version_renumber(pool, v);
     v->digest = 0;
-    if (!v->quarantined) v->n_poisoned = 0;
     version_move(pool, v, VERSION_REGISTERED);
 }
 

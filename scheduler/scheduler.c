@@ -269,7 +269,6 @@ choir_status choir_scheduler_submit(choir_scheduler *s, const choir_request *fro
         return status;
     }
     pthread_mutex_lock(&s->lock);
-    r->number = s->next_number++;
     if (s->mailbox_last != NULL)
         s->mailbox_last->next = r;
     else

@@ -7,6 +7,7 @@
 /* One step of priority is worth ten seconds of waiting, so that nobody waits for ever. The order of
  * two requests never changes, so that they never throw each other out by turns. */
 static const int64_t PRIORITY_US = 10 * 1000 * 1000;
+enum { ARRIVALS_PER_US = 256 }; /* any int32_t of priorities still fits beside */
 
 void sequence_move(choir_scheduler *s, sequence *q, sequence_state to)
 {
@@ -107,6 +108,17 @@ static void collect_end_ids(choir_scheduler *s, const choir_request *from, reque
         r->end_ids[r->n_end_ids++] = (uint32_t)s->engine.eos_ids[i];
 }
 
+/* No two arrive at once: of two mixes of adapters that fit one at a time, one must be first. */
+static int64_t next_arrival(choir_scheduler *s, uint64_t now_ns)
+{
+    int64_t now = (int64_t)(now_ns / 1000) * ARRIVALS_PER_US;
+    int64_t last = atomic_load_explicit(&s->last_arrival, memory_order_relaxed), next;
+    do next = now > last ? now : last + 1;
+    while (!atomic_compare_exchange_weak_explicit(&s->last_arrival, &last, next,
+                                                  memory_order_relaxed, memory_order_relaxed));
+    return next;
+}
+
 choir_status request_create(choir_scheduler *s, const choir_request *from, choir_stream *stream,
                             request **out)
 {
@@ -120,10 +132,8 @@ choir_status request_create(choir_scheduler *s, const choir_request *from, choir
                    .deadline_ns = from->deadline_ns,
                    .submitted_ns = choir_clock_now(),
                    .root = prefix_root(from->cache_salt, s->engine.digest)};
-    /* No two are the same: of two mixes that fit one at a time, one must be first. */
-    uint32_t number = atomic_fetch_add_explicit(&s->n_ranked, 1, memory_order_relaxed);
-    int64_t us = (int64_t)(r->submitted_ns / 1000) - from->priority * PRIORITY_US;
-    r->rank = us * 256 + (number & 0xFF);
+    r->arrival = next_arrival(s, r->submitted_ns);
+    r->rank = r->arrival - from->priority * PRIORITY_US * ARRIVALS_PER_US;
     r->usage.prompt_tokens = (uint32_t)from->n_tokens;
     collect_end_ids(s, from, r);
     uint32_t n_virtual = 0;

@@ -110,8 +110,8 @@ struct request {
     size_t stop_bytes[CHOIR_MAX_STOPS], longest_stop;
     uint32_t n_stops;
     uint32_t end_ids[CHOIR_MAX_END_IDS], n_end_ids;
-    int64_t rank;           /* lower goes first: the time of arrival, less the priority's worth; no two have one */
-    uint64_t number;        /* order of arrival */
+    int64_t rank;           /* lower goes first: the arrival, less the priority's worth */
+    int64_t arrival;        /* its time, as no other has it; grows from request to request */
     uint64_t blocked_since; /* the outbox has been full since; 0: it has room */
     uint64_t deadline_ns, submitted_ns, first_step_ns, first_token_ns;
     prefix_key root;
@@ -160,8 +160,7 @@ struct choir_scheduler {
     uint64_t published_request_ns; /* mean time of a request */
     choir_scheduler_stats published;
     float *published_heat;          /* [n_layers, n_experts], or NULL */
-    uint64_t next_number;
-    atomic_uint n_ranked; /* relaxed: requests that were given a rank */
+    _Atomic int64_t last_arrival; /* relaxed */
 
     _Atomic uint64_t
         last_progress_ns; /* release by the tick and the first submit, acquire by get_stats */

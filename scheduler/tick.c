@@ -74,7 +74,7 @@ static int by_rank(const void *a, const void *b)
 {
     const sequence *x = *(sequence *const *)a, *y = *(sequence *const *)b;
     if (x->of->rank != y->of->rank) return x->of->rank < y->of->rank ? -1 : 1;
-    if (x->of->number != y->of->number) return x->of->number < y->of->number ? -1 : 1;
+    if (x->of->arrival != y->of->arrival) return x->of->arrival < y->of->arrival ? -1 : 1;
     return x->index < y->index ? -1 : x->index > y->index;
 }
 

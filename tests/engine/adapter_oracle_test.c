@@ -114,33 +114,26 @@ static choir_engine *open_engine(const char *base, const char *ending, bool exac
     return engine;
 }
 
-/* As a server's pool makes them: numbers may stay where they lie in the file. */
-static choir_status make_lent(const choir_engine *e, const char *adapter, choir_adapter **out)
-{
-    static const char *const files[] = {"/adapter_model.safetensors", "/adapter.safetensors", ""};
-    char path[300];
-    choir_adapter_source s = {.name = adapter, .lends = true};
-    choir_adapter_data *data;
+/* What an adapter's data are of, where they were not copied. */
+typedef struct lender {
     choir_map map;
-    char *config = NULL;
-    snprintf(path, sizeof path, "%s/adapter_config.json", adapter);
-    if (choir_folder_exists(adapter))
-        CHOIR_TRY(choir_file_read(path, 1 << 20, &config, &s.config_bytes));
-    size_t i = 0;
-    do snprintf(path, sizeof path, "%s%s", adapter, files[i++]);
-    while (!choir_file_exists(path));
-    assert_int_equal(choir_map_open(path, &map), CHOIR_OK);
-    s.config = config;
-    s.tensors = map.data;
-    s.tensor_bytes = map.bytes;
-    choir_status status = choir_adapter_data_parse(choir_engine_config(e), &s, &data);
-    if (status == CHOIR_OK) {
-        status = choir_adapter_make(e, data, CHOIR_ADAPTER_AUTO, out);
-        choir_adapter_data_free(data);
+    char *config;
+} lender;
+
+/* As a server's pool reads them: numbers may stay where they lie in the file. */
+static choir_status read_lent(const choir_engine *e, const char *path, lender *l,
+                              choir_adapter_data **data)
+{
+    choir_adapter_source s = {.name = path};
+    if (choir_folder_exists(path)) {
+        CHOIR_TRY(choir_adapter_open_files(path, &s, &l->config, &l->map));
+    } else {
+        CHOIR_TRY(choir_map_open(path, &l->map));
+        s.tensors = l->map.data;
+        s.tensor_bytes = l->map.bytes;
     }
-    choir_map_close(&map);
-    choir_free(config);
-    return status;
+    s.lends = true;
+    return choir_adapter_data_parse(choir_engine_config(e), &s, data);
 }
 
 /* False: the adapter cannot be had, and the sentence is printed. */
@@ -148,19 +141,23 @@ static bool add_adapter(setting *s, const char *name, float weight)
 {
     char path[256];
     choir_adapter_data *data;
+    lender l = {0};
     snprintf(path, sizeof path, ADAPTERS "/%s", name);
-    if (choir_adapter_data_open(choir_engine_config(s->engine), path, &data) != CHOIR_OK) {
+    choir_status status =
+        s->lends ? read_lent(s->engine, path, &l, &data)
+                 : choir_adapter_data_open(choir_engine_config(s->engine), path, &data);
+    if (status != CHOIR_OK) {
         print_message("%s: %s\n", s->what, choir_error_message());
         return false;
     }
     choir_adapter *adapter;
-    choir_status status = s->lends
-                              ? make_lent(s->engine, path, &adapter)
-                              : choir_adapter_make(s->engine, data, CHOIR_ADAPTER_AUTO, &adapter);
+    status = choir_adapter_make(s->engine, data, CHOIR_ADAPTER_AUTO, &adapter);
     s->n_virtual += data->n_virtual;
     s->n_invocation = data->n_invocation;
     memcpy(s->invocation, data->invocation, sizeof s->invocation);
     choir_adapter_data_free(data);
+    if (s->lends) choir_map_close(&l.map);
+    choir_free(l.config);
     if (status != CHOIR_OK) {
         print_message("%s: %s\n", s->what, choir_error_message());
         return false;
