@@ -4,9 +4,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <utf8proc.h>
 
-enum { SENTENCE_BYTES = 1024 };
-static _Thread_local char sentence[SENTENCE_BYTES];
+static _Thread_local char sentence[CHOIR_MAX_SENTENCE];
 
 static const struct {
     const char *text;
@@ -29,18 +29,32 @@ static void trim_cut_character(char *text)
     if (want > 1 && n - (start - 1) < want) text[start - 1] = '\0';
 }
 
+/* One byte that is no UTF-8 would cost a client the whole message. */
+static void make_utf8(char *text)
+{
+    trim_cut_character(text);
+    utf8proc_ssize_t n = (utf8proc_ssize_t)strlen(text);
+    for (utf8proc_ssize_t i = 0; i < n;) {
+        utf8proc_int32_t character;
+        utf8proc_ssize_t bytes =
+            utf8proc_iterate((const utf8proc_uint8_t *)text + i, n - i, &character);
+        if (bytes <= 0) text[i] = '?';
+        i += bytes > 0 ? bytes : 1;
+    }
+}
+
 choir_status(choir_fail)(choir_status status, const char *format, ...)
 {
     CHOIR_ASSERT(status != CHOIR_OK);
     int saved = errno;
     /* Arguments may point into the sentence itself, so it is written aside first. */
-    char fresh[SENTENCE_BYTES];
+    char fresh[CHOIR_MAX_SENTENCE];
     va_list args;
     va_start(args, format);
     errno = saved;
     vsnprintf(fresh, sizeof fresh, format, args);
     va_end(args);
-    trim_cut_character(fresh);
+    make_utf8(fresh);
     memcpy(sentence, fresh, sizeof sentence);
     errno = saved;
     return status;
@@ -49,7 +63,7 @@ choir_status(choir_fail)(choir_status status, const char *format, ...)
 choir_status choir_fail_in(choir_status status, const char *format, ...)
 {
     CHOIR_ASSERT(status != CHOIR_OK);
-    char where[SENTENCE_BYTES / 2];
+    char where[CHOIR_MAX_SENTENCE / 2];
     va_list args;
     va_start(args, format);
     vsnprintf(where, sizeof where, format, args);
@@ -58,8 +72,14 @@ choir_status choir_fail_in(choir_status status, const char *format, ...)
     return choir_fail(status, "%s: %s", where, sentence);
 }
 
-const char *choir_error_message(void) { return sentence; }
-void choir_error_clear(void) { sentence[0] = '\0'; }
+const char *choir_error_message(void)
+{
+    return sentence;
+}
+void choir_error_clear(void)
+{
+    sentence[0] = '\0';
+}
 
 const char *choir_status_text(choir_status status)
 {

@@ -1,9 +1,10 @@
 /* WHAT    One list of errors: the enum, its text and its gRPC status code; a sentence kept per thread.
- * OWNS    A thread-local sentence of at most 1023 bytes, valid until the thread's next choir_fail().
+ * OWNS    A thread-local sentence, valid until the thread's next choir_fail().
  * THREADS Any; nothing is shared.
  * ERRORS  Say why once, where it broke: `return choir_fail(CHOIR_E_IO, "open %s: %m", path);`
  *         then forward silently with CHOIR_TRY.
- * LIMITS  Longer sentences are cut on a character.
+ * LIMITS  A sentence is UTF-8, whatever the names in it are: bytes that are none are '?'. Longer ones than
+ *         CHOIR_MAX_SENTENCE are cut on a character.
  * NEXT    base/base.h */
 #pragma once
 #include <stdarg.h>
@@ -48,6 +49,7 @@ choir_status choir_fail(choir_status status, const char *format, ...) CHOIR_PRIN
 /* Puts "what: " before this thread's sentence; for context a lower layer cannot know. */
 choir_status choir_fail_in(choir_status status, const char *format, ...) CHOIR_PRINTF(2, 3);
 const char *choir_error_message(void);             /* this thread's sentence */
+enum { CHOIR_MAX_SENTENCE = 1024 };                /* bytes, with the NUL */
 void choir_error_clear(void);                      /* for reuse of a thread; not needed before calls */
 const char *choir_status_text(choir_status status); /* "not found" */
 int choir_status_grpc(choir_status status);        /* 5 */

@@ -516,13 +516,18 @@ static choir_status refuse_pickles(const char *folder)
     return CHOIR_OK;
 }
 
+static choir_status check_path(const char *path)
+{
+    if (strlen(path) <= MAX_PATH_BYTES - 64) return CHOIR_OK;
+    return choir_fail(CHOIR_E_INVALID, "the adapter's path %.60s… has %zu bytes, the limit is %d",
+                      path, strlen(path), MAX_PATH_BYTES - 64);
+}
+
 choir_status choir_adapter_open_files(const char *folder, choir_adapter_source *source,
                                       char **config, choir_map *map)
 {
     char config_path[MAX_PATH_BYTES], path[MAX_PATH_BYTES];
-    if (strlen(folder) > MAX_PATH_BYTES - 64)
-        return choir_fail(CHOIR_E_INVALID, "a path of %zu bytes, the limit is %d", strlen(folder),
-                          MAX_PATH_BYTES - 64);
+    CHOIR_TRY(check_path(folder));
     snprintf(path, sizeof path, "%s/adapter_model.safetensors", folder);
     if (!choir_file_exists(path)) {
         CHOIR_TRY(refuse_pickles(folder));
@@ -560,9 +565,7 @@ static choir_status open_folder(const choir_model_config *base, const char *fold
 choir_status choir_adapter_data_open(const choir_model_config *base, const char *path,
                                      choir_adapter_data **out)
 {
-    if (strlen(path) > MAX_PATH_BYTES - 64)
-        return choir_fail(CHOIR_E_INVALID, "a path of %zu bytes, the limit is %d", strlen(path),
-                          MAX_PATH_BYTES - 64);
+    CHOIR_TRY(check_path(path));
     if (choir_folder_exists(path)) return open_folder(base, path, out);
     choir_map map;
     CHOIR_TRY(choir_map_open(path, &map));

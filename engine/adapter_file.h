@@ -1,13 +1,15 @@
-/* WHAT    What an adapter's file says, in the base model's terms: a list of changes to the base's matrices, each
- *         found by role, layer and expert; virtual tokens; where it begins to act. PEFT's LoRA,
- * rsLoRA, DoRA, IA3, VeRA, prompt and prefix tuning, bottleneck adapters, modules_to_save; GGUF
- * LoRA files of llama.cpp. OWNS    choir_adapter_data: all that it points to. THREADS Any;
- * read-only once made. ERRORS  CHOIR_E_NOT_FOUND, CHOIR_E_IO, CHOIR_E_FORMAT, CHOIR_E_INVALID (a
- * tensor without a place in this base, a shape that does not fit, an absurd rank; names tensor,
- * field, value), CHOIR_E_DATA_LOSS (NaN, infinity), CHOIR_E_UNIMPLEMENTED (a kind that Choir lacks;
- * pickles, by name). LIMITS  Every tensor has a place or the adapter is refused. Ranks up to
- * CHOIR_ADAPTER_MAX_RANK. NEXT    engine/adapter.h, which makes a step's adapter of it; tune/ for
- * merging */
+/* WHAT    What an adapter's file says, in the base model's terms: a list of changes to the base's
+ *         matrices, each found by role, layer and expert; virtual tokens; where it begins to act.
+ *         PEFT's LoRA, rsLoRA, DoRA, IA3, VeRA, prompt and prefix tuning, bottleneck adapters,
+ *         modules_to_save; GGUF LoRA files of llama.cpp.
+ * OWNS    choir_adapter_data: all that it points to.
+ * THREADS Any; read-only once made.
+ * ERRORS  CHOIR_E_NOT_FOUND, CHOIR_E_IO, CHOIR_E_FORMAT, CHOIR_E_INVALID (a tensor without a place
+ *         in this base, a shape that does not fit, an absurd rank; names tensor, field, value),
+ *         CHOIR_E_DATA_LOSS (NaN, infinity), CHOIR_E_UNIMPLEMENTED (a kind that Choir lacks;
+ *         pickles, by name).
+ * LIMITS  Every tensor has a place or the adapter is refused. Ranks up to CHOIR_ADAPTER_MAX_RANK.
+ * NEXT    engine/adapter.h, which makes a step's adapter of it; tune/ for merging */
 #pragma once
 #include "engine/model_file.h"
 
@@ -28,12 +30,15 @@ typedef enum choir_adapter_act {
 } choir_adapter_act;
 
 /* The change of one matrix W [rows, cols] of the base. With y0 = W x (or weight x) before any bias:
- *   n  = 1, or with a magnitude m: m / |W + scale B A| by rows (Liu et al. 2024, DoRA, equation 5)
- *   z  = in_scale · x (which W is given too); or y0 + the base's bias where `series`, the residual
- * stream before its block's sum where `residual`, or both together y  = out_scale · (n · y0 + n ·
- * scale (B f(A z + a_bias) + b_bias) + the bias) Arrays are f32; those that a change does not have
- * are NULL. The rows are in the order of the base as it is loaded: permuted where its rope is
- * interleaved and the adapter's is not, cut where the file fuses matrices. */
+ *
+ *   n = 1, or with a magnitude m: m / |W + scale B A| by rows (Liu et al. 2024, DoRA, equation 5)
+ *   z = in_scale · x (which W is given too); or y0 + the base's bias where `series`, the residual
+ *       stream before its block's sum where `residual`, or both together
+ *   y = out_scale · (n · y0 + n · scale (B f(A z + a_bias) + b_bias) + the bias)
+ *
+ * Arrays are f32; those that a change does not have are NULL. The rows are in the order of the base
+ * as it is loaded: permuted where its rope is interleaved and the adapter's is not, cut where the
+ * file fuses matrices. */
 typedef struct choir_adapter_change {
     choir_role role;       /* of a matrix, or of a vector that `weight` replaces (a norm: rows 1) */
     uint32_t layer, index; /* index: the expert, 0 where the role has none */
@@ -44,11 +49,11 @@ typedef struct choir_adapter_change {
     bool series, residual;   /* residual: of a block's last matrix */
     const float *a, *a_bias; /* [rank, cols] ([rank, rows] where `series` or `residual`), [rank] */
     const float *b, *b_bias; /* [rows, rank], [rows] */
-    /* In place of a or b where `data` is set: the same numbers where they lie in the source (lends),
-     * F16 or BF16, plain LoRA alone. */
+    /* In place of a or b where `data` is set: the same numbers where they lie in the source
+     * (lends), F16 or BF16, plain LoRA alone. */
     choir_tensor a_lent, b_lent;
-    const float *magnitude;  /* [rows] */
-    const float *out_scale;  /* [rows] */
+    const float *magnitude; /* [rows] */
+    const float *out_scale; /* [rows] */
     const float
         *in_scale; /* [cols]: of all that W is given, as IA3 has it for feed-forward modules */
     const float *weight; /* [rows, cols], in W's place (modules_to_save) */

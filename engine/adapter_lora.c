@@ -124,8 +124,10 @@ static choir_status set_scale(const lora *l, const char *module, choir_adapter_p
 {
     const choir_adapter_reader *r = l->reader;
     double rank = l->rank, alpha = l->alpha;
-    CHOIR_TRY(choir_adapter_patterns_find(r, l->ranks, module, &rank));
-    CHOIR_TRY(choir_adapter_patterns_find(r, l->alphas, module, &alpha));
+    char own[CHOIR_ADAPTER_MAX_OWN_NAME];
+    choir_adapter_own_name(p->a->name, module, own);
+    CHOIR_TRY(choir_adapter_patterns_find(r, l->ranks, own, &rank));
+    CHOIR_TRY(choir_adapter_patterns_find(r, l->alphas, own, &alpha));
     CHOIR_TRY(choir_adapter_check_rank(r, rank, "r", module));
     p->rank = (uint32_t)rank;
     p->scale = (float)(alpha / (l->rslora ? sqrt(rank) : rank));
@@ -190,7 +192,7 @@ static choir_status add_any(const lora *l, const choir_adapter_spot *spot, const
 static choir_status find_parameter(const lora *l, const char *tensor, char *module, uint32_t depth)
 {
     const choir_adapter_reader *r = l->reader;
-    char all[CHOIR_ADAPTER_MAX_STACKED][CHOIR_ADAPTER_MAX_NAME];
+    char all[CHOIR_ADAPTER_MAX_STACKED][CHOIR_ADAPTER_MAX_NAME], own[CHOIR_ADAPTER_MAX_OWN_NAME];
     const json_t *targets = choir_adapter_get(r, "target_parameters");
     uint32_t n_all = choir_adapter_stacked(r, module, all), n = 0;
     if (n_all == 0) return choir_adapter_refuse(r, tensor);
@@ -205,7 +207,8 @@ static choir_status find_parameter(const lora *l, const char *tensor, char *modu
                 r->name, name);
     }
     for (uint32_t i = 0; i < n_all; i++)
-        if (choir_adapter_is_listed(targets, all[i])) memmove(all[n++], all[i], sizeof all[i]);
+        if (choir_adapter_is_listed(targets, choir_adapter_own_name(tensor, all[i], own)))
+            memmove(all[n++], all[i], sizeof all[i]);
     if (depth >= n)
         return choir_fail(
             CHOIR_E_INVALID,

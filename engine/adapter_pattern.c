@@ -6,6 +6,11 @@
 
 enum { MAX_KEY_BYTES = 1000, MAX_STEPS = 100000, MAX_DEPTH = 1000 };
 
+/* What all matches of a list may cost together, some seconds: comparing a name with a key without
+ * an expression costs 1, a step of an expression CALLOUT_COST. */
+static const uint64_t max_cost = UINT64_C(1) << 31;
+enum { CALLOUT_COST = 20 };
+
 typedef struct pattern {
     const char *key;  /* lent from the configuration */
     pcre2_code *code; /* NULL: letters, digits and dots alone */
@@ -15,6 +20,7 @@ typedef struct pattern {
 struct choir_adapter_patterns {
     const char *field;
     size_t n;
+    uint64_t cost; /* so far */
     pcre2_match_data *match;
     pcre2_match_context *limits;
     pattern items[];
@@ -40,7 +46,8 @@ static choir_status compile(const choir_adapter_reader *r, const char *field, bo
     snprintf(text, sizeof text, whole ? "(?:%s)\\z" : "(?:.*\\.)?(?:%s)$", p->key);
     p->code =
         pcre2_compile((PCRE2_SPTR)text, PCRE2_ZERO_TERMINATED,
-                      PCRE2_ANCHORED | PCRE2_UTF | PCRE2_NEVER_BACKSLASH_C, &error, &at, NULL);
+                      PCRE2_ANCHORED | PCRE2_UTF | PCRE2_NEVER_BACKSLASH_C | PCRE2_AUTO_CALLOUT,
+                      &error, &at, NULL);
     if (p->code != NULL) return CHOIR_OK;
     if (error == PCRE2_ERROR_HEAP_FAILED)
         return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for %s", r->name, field);
@@ -66,6 +73,15 @@ static choir_status fill(const choir_adapter_reader *r, const json_t *object,
     return CHOIR_OK;
 }
 
+/* At each step of an expression. */
+static int count_step(pcre2_callout_block *block, void *patterns)
+{
+    choir_adapter_patterns *p = patterns;
+    (void)block;
+    p->cost += CALLOUT_COST;
+    return p->cost > max_cost ? PCRE2_ERROR_CALLOUT : 0;
+}
+
 static choir_status make(const choir_adapter_reader *r, const char *field, size_t n,
                          choir_adapter_patterns **out)
 {
@@ -80,6 +96,7 @@ static choir_status make(const choir_adapter_reader *r, const char *field, size_
         return choir_fail(CHOIR_E_NO_MEMORY, "%s: no memory for %s", r->name, field);
     pcre2_set_match_limit(p->limits, MAX_STEPS);
     pcre2_set_depth_limit(p->limits, MAX_DEPTH);
+    pcre2_set_callout(p->limits, count_step, p);
     return CHOIR_OK;
 }
 
@@ -117,31 +134,43 @@ static bool ends_with(const char *module, const char *key)
     return true;
 }
 
-choir_status choir_adapter_patterns_find(const choir_adapter_reader *r,
-                                         const choir_adapter_patterns *p, const char *module,
-                                         double *out)
+static choir_status too_long(const choir_adapter_reader *r, const choir_adapter_patterns *p)
+{
+    return choir_fail(
+        CHOIR_E_INVALID,
+        "%s: the %zu keys of %s take too long to compare with the names of its tensors", r->name,
+        p->n, p->field);
+}
+
+static choir_status fits(const choir_adapter_reader *r, choir_adapter_patterns *p,
+                         const pattern *item, const char *module, bool *out)
+{
+    if (p->cost++ >= max_cost) return too_long(r, p);
+    if (item->code == NULL) {
+        *out = ends_with(module, item->key);
+        return CHOIR_OK;
+    }
+    int n = pcre2_match(item->code, (PCRE2_SPTR)module, strlen(module), 0, 0, p->match, p->limits);
+    *out = n >= 0;
+    if (n >= 0 || n == PCRE2_ERROR_NOMATCH) return CHOIR_OK;
+    if (n == PCRE2_ERROR_CALLOUT) return too_long(r, p);
+    if (n == PCRE2_ERROR_MATCHLIMIT || n == PCRE2_ERROR_DEPTHLIMIT || n == PCRE2_ERROR_HEAPLIMIT)
+        return choir_fail(CHOIR_E_INVALID,
+                          "%s: the key \"%.100s\" of %s takes more than %d steps for '%.100s'",
+                          r->name, item->key, p->field, MAX_STEPS, module);
+    return choir_fail(CHOIR_E_INVALID,
+                      "%s: the key \"%.100s\" of %s cannot be matched with '%.100s' (%d)", r->name,
+                      item->key, p->field, module, n);
+}
+
+choir_status choir_adapter_patterns_find(const choir_adapter_reader *r, choir_adapter_patterns *p,
+                                         const char *module, double *out)
 {
     for (size_t i = 0; p != NULL && i < p->n; i++) {
-        const pattern *item = &p->items[i];
-        if (item->code == NULL) {
-            if (!ends_with(module, item->key)) continue;
-        } else {
-            int n = pcre2_match(item->code, (PCRE2_SPTR)module, strlen(module), 0, 0, p->match,
-                                p->limits);
-            if (n == PCRE2_ERROR_NOMATCH) continue;
-            if (n == PCRE2_ERROR_MATCHLIMIT || n == PCRE2_ERROR_DEPTHLIMIT ||
-                n == PCRE2_ERROR_HEAPLIMIT)
-                return choir_fail(
-                    CHOIR_E_INVALID,
-                    "%s: the key \"%.100s\" of %s takes more than %d steps for '%.100s'", r->name,
-                    item->key, p->field, MAX_STEPS, module);
-            if (n < 0)
-                return choir_fail(CHOIR_E_INVALID,
-                                  "%s: the key \"%.100s\" of %s cannot be matched "
-                                  "with '%.100s' (%d)",
-                                  r->name, item->key, p->field, module, n);
-        }
-        *out = item->value;
+        bool found;
+        CHOIR_TRY(fits(r, p, &p->items[i], module, &found));
+        if (!found) continue;
+        *out = p->items[i].value;
         return CHOIR_OK;
     }
     return CHOIR_OK;

@@ -2,8 +2,8 @@
  * OWNS    A list: its compiled expressions, until free.
  * THREADS One.
  * ERRORS  CHOIR_E_FORMAT (no number, no expression), CHOIR_E_INVALID (a match takes too long).
- * LIMITS  The steps of a match are bounded: an adapter's file is hostile.
- * NEXT    engine/adapter_lora.c */
+ * LIMITS  The steps of a match are bounded, and of all matches of a list: an adapter's file is
+ * hostile. NEXT    engine/adapter_lora.c */
 #pragma once
 #include "engine/adapter_read.h"
 
@@ -20,6 +20,6 @@ choir_status choir_adapter_pattern_whole(const choir_adapter_reader *reader, con
 /* The number of the first expression that fits the module, as re.match(r"(.*\.)?(KEY)$") fits it;
  * *out is left as it is where none does. */
 choir_status choir_adapter_patterns_find(const choir_adapter_reader *reader,
-                                         const choir_adapter_patterns *patterns, const char *module,
+                                         choir_adapter_patterns *patterns, const char *module,
                                          double *out) CHOIR_MUST_USE;
 void choir_adapter_patterns_free(choir_adapter_patterns *patterns);

@@ -113,26 +113,39 @@ choir_status choir_adapter_module_spot(const choir_adapter_reader *r, const char
     return choir_adapter_check_spot(r, out, tensor);
 }
 
+static const char prefix[] = "base_model.model.";
+
+/* A model that also sees has its text model below another name, in the files and in transformers:
+ * how a tensor's name begins there, and what it is here. */
+typedef struct beginning {
+    const char *own, *plain;
+} beginning;
+
+static const beginning *beginning_of(const char *tensor)
+{
+    static const beginning all[] = {{"model.language_model.", "model."},
+                                    {"language_model.model.", "model."},
+                                    {"language_model.lm_head", "lm_head"},
+                                    {"", ""}};
+    const beginning *b = all;
+    while (strncmp(tensor + sizeof prefix - 1, b->own, strlen(b->own)) != 0) b++;
+    return b;
+}
+
 bool choir_adapter_plain_name(const char *tensor, char *out, size_t bytes)
 {
-    static const char prefix[] = "base_model.model.";
-    /* A model that also sees has its text model below another name, in the files and in
-     * transformers. */
-    static const struct {
-        const char *name, *plain;
-    } others[] = {{"model.language_model.", "model."},
-                  {"language_model.model.", "model."},
-                  {"language_model.lm_head", "lm_head"}};
     if (strncmp(tensor, prefix, sizeof prefix - 1) != 0) return false;
-    tensor += sizeof prefix - 1;
-    const char *plain = "";
-    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
-        if (strncmp(tensor, others[i].name, strlen(others[i].name)) == 0) {
-            tensor += strlen(others[i].name);
-            plain = others[i].plain;
-            break;
-        }
-    return (size_t)snprintf(out, bytes, "%s%s", plain, tensor) < bytes;
+    const beginning *b = beginning_of(tensor);
+    const char *rest = tensor + sizeof prefix - 1 + strlen(b->own);
+    return (size_t)snprintf(out, bytes, "%s%s", b->plain, rest) < bytes;
+}
+
+const char *choir_adapter_own_name(const char *tensor, const char *plain,
+                                   char out[CHOIR_ADAPTER_MAX_OWN_NAME])
+{
+    const beginning *b = beginning_of(tensor);
+    snprintf(out, CHOIR_ADAPTER_MAX_OWN_NAME, "%s%s", b->own, plain + strlen(b->plain));
+    return out;
 }
 
 static const struct {

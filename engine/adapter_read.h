@@ -188,6 +188,12 @@ choir_status choir_adapter_add_whole(choir_adapter_reader *reader, const choir_a
 /* "base_model.model.X" without its prefix and without the name of the text model of one that also
  * sees; false: it has no such prefix. */
 bool choir_adapter_plain_name(const char *tensor, char *out, size_t bytes);
+/* A plain name as the model that the adapter was made for has it: what PEFT compares with the names
+ * and expressions of a configuration. `tensor`: of that model, in whose plain name `plain` begins
+ * or whose plain name begins so. Returns `out`. */
+enum { CHOIR_ADAPTER_MAX_OWN_NAME = CHOIR_ADAPTER_MAX_NAME + 32 };
+const char *choir_adapter_own_name(const char *tensor, const char *plain,
+                                   char out[CHOIR_ADAPTER_MAX_OWN_NAME]);
 /* The spot of a module that has a matrix, without the suffix that the method adds: a sentence if it
  * has none. */
 choir_status choir_adapter_module_spot(const choir_adapter_reader *reader, const char *tensor,

@@ -9,7 +9,7 @@ static bool is_module_to_save(const choir_adapter_reader *r, const char *name)
 {
     const json_t *list = choir_adapter_get(r, "modules_to_save");
     for (const char *dot = strchr(name, '.'); dot != NULL; dot = strchr(dot + 1, '.')) {
-        char module[CHOIR_ADAPTER_MAX_NAME];
+        char module[CHOIR_ADAPTER_MAX_OWN_NAME];
         snprintf(module, sizeof module, "%.*s", (int)(dot - name), name);
         for (size_t i = 0; i < json_array_size(list); i++) {
             const char *end = json_string_value(json_array_get(list, i));
@@ -133,7 +133,7 @@ choir_status choir_adapter_add_whole(choir_adapter_reader *r, const choir_adapte
 
 static choir_status read_one(choir_adapter_reader *r, choir_adapter_tensor *t)
 {
-    char name[CHOIR_ADAPTER_MAX_NAME];
+    char name[CHOIR_ADAPTER_MAX_NAME], own[CHOIR_ADAPTER_MAX_OWN_NAME];
     bool wrapped = false;
     if (!choir_adapter_plain_name(t->name, name, sizeof name)) return CHOIR_OK;
     /* A module that is adapted has its own numbers one level further in. */
@@ -148,8 +148,8 @@ static choir_status read_one(choir_adapter_reader *r, choir_adapter_tensor *t)
     choir_role role = spot.places[0]->role;
     bool table =
         role == CHOIR_ROLE_EMBEDDING || role == CHOIR_ROLE_HEAD || role == CHOIR_ROLE_HEAD_BIAS;
-    bool saved =
-        is_module_to_save(r, name) || (saves_biases(r) && choir_adapter_ends_with(name, ".bias"));
+    bool saved = is_module_to_save(r, choir_adapter_own_name(t->name, name, own)) ||
+                 (saves_biases(r) && choir_adapter_ends_with(name, ".bias"));
     if (!saved && !table) return CHOIR_OK;
     return choir_adapter_add_whole(r, &spot, t, table && wrapped ? CHOIR_ADAPTER_HAS_COPY : 0);
 }

@@ -31,12 +31,12 @@ static choir_status is_feedforward(const ia3 *x, const char *module, bool *out)
 static choir_status read_scale(const ia3 *x, choir_adapter_tensor *t)
 {
     choir_adapter_reader *r = x->reader;
-    char module[CHOIR_ADAPTER_MAX_NAME];
+    char module[CHOIR_ADAPTER_MAX_NAME], own[CHOIR_ADAPTER_MAX_OWN_NAME];
     choir_adapter_spot spot;
     bool inputs;
     uint64_t rows, cols;
     CHOIR_TRY(choir_adapter_module_spot(r, t->name, ".ia3_l", module, sizeof module, &spot));
-    CHOIR_TRY(is_feedforward(x, module, &inputs));
+    CHOIR_TRY(is_feedforward(x, choir_adapter_own_name(t->name, module, own), &inputs));
     if (spot.places[0]->role == CHOIR_ROLE_EMBEDDING) return choir_adapter_refuse(r, t->name);
     choir_adapter_whole_shape(r, spot.places[0], &rows, &cols);
     CHOIR_TRY(choir_adapter_expect(r, t, inputs ? 1 : rows, inputs ? cols : 1));

@@ -708,7 +708,8 @@ choir_status choir_model_file_open(const char *path, choir_model_file **out)
     choir_status status = CHOIR_OK;
     if (strlen(path) > 3000)
         status =
-            choir_fail(CHOIR_E_INVALID, "a path of %zu bytes, the limit is 3000", strlen(path));
+            choir_fail(CHOIR_E_INVALID, "the model's path %.60s… has %zu bytes, the limit is 3000",
+                       path, strlen(path));
     else if ((f->path = choir_strdup(CHOIR_MEM_OTHER, path)) == NULL)
         status = choir_fail(CHOIR_E_NO_MEMORY, "no memory to open %s", path);
     for (size_t n = f->path == NULL ? 0 : strlen(f->path); n > 1 && f->path[n - 1] == '/'; n--)

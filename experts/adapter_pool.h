@@ -82,7 +82,7 @@ struct choir_adapter_version {
     uint64_t used;     /* LRU: the pool's count when it was last let go */
     uint64_t retry_at; /* FAILED */
     choir_status failure;
-    char why[CHOIR_ADAPTER_MAX_WHY];
+    char why[CHOIR_MAX_SENTENCE];
     version_sums sums;
     uint32_t place;                      /* in the pool's table */
     void *evicted;                       /* an adapter that the loader frees … */

@@ -89,7 +89,6 @@ typedef struct choir_adapter_load {
     uint64_t deadline_ns; /* choir_clock_now() time; 0: none */
 } choir_adapter_load;
 
-enum { CHOIR_ADAPTER_MAX_WHY = 512 };
 /* What a list shows of a name. */
 typedef struct choir_adapter_info {
     char name[CHOIR_ADAPTER_MAX_NAME + 1];
@@ -102,7 +101,7 @@ typedef struct choir_adapter_info {
     uint32_t n_pins, n_claims;
     bool kept, resident, quarantined;
     choir_status failure;   /* CHOIR_OK, or why it could not be loaded … */
-    char why[CHOIR_ADAPTER_MAX_WHY]; /* … as a sentence */
+    char why[CHOIR_MAX_SENTENCE]; /* … as a sentence */
     uint64_t n_requests, n_loads, n_evictions, n_failures; /* of the name, all versions */
     uint64_t n_waits, wait_ns; /* requests that stood still for it alone, and for how long together */
 } choir_adapter_info;

@@ -231,7 +231,7 @@ void choir_call_finish(choir_call *call, choir_status status, const char *senten
 
 void choir_call_fail(choir_call *call, choir_status status)
 {
-    char sentence[1024];
+    char sentence[CHOIR_MAX_SENTENCE];
     snprintf(sentence, sizeof sentence, "%s", choir_error_message());
     pthread_mutex_lock(&call->lock);
     choir_call_finish(call, status, sentence);

@@ -212,7 +212,7 @@ typedef struct work {
     atomic_size_t next, done;    /* relaxed: modules are taken, not handed over */
     _Atomic choir_status status; /* of the first that failed; its sentence is under the lock */
     pthread_mutex_t lock;
-    char sentence[1024];
+    char sentence[CHOIR_MAX_SENTENCE];
     choir_progress progress;
 } work;
 

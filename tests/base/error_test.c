@@ -46,6 +46,25 @@ static void test_long_sentences_are_cut_on_characters(void **state)
         }
 }
 
+/* Names out of files go to clients, who take nothing but UTF-8. */
+static void test_sentences_are_utf8(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *name, *expected;
+    } cases[] = {
+        {"é€😀", "here é€😀 ends"},          {"\xff\xfe", "here ?? ends"},
+        {"a\xc3", "here a? ends"},         {"\xe2\x82z", "here ??z ends"},
+        {"\xed\xa0\x80", "here ??? ends"}, {"\xc0\xaf", "here ?? ends"},
+        {"\x80", "here ? ends"},           {"\xf4\x90\x80\x80", "here ???? ends"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        choir_status status = choir_fail(CHOIR_E_INVALID, "here %s ends", cases[i].name);
+        assert_int_equal(status, CHOIR_E_INVALID);
+        assert_string_equal(choir_error_message(), cases[i].expected);
+    }
+}
+
 static void *fail_elsewhere(void *arg)
 {
     (void)arg;
@@ -85,6 +104,7 @@ int main(void)
         cmocka_unit_test(test_sentence_keeps_errno),
         cmocka_unit_test(test_context_goes_before),
         cmocka_unit_test(test_long_sentences_are_cut_on_characters),
+        cmocka_unit_test(test_sentences_are_utf8),
         cmocka_unit_test(test_sentences_belong_to_threads),
         cmocka_unit_test(test_every_status_has_text_and_code),
     };

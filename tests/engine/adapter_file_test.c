@@ -114,6 +114,29 @@ static void patterns_that_are_none_or_never_end_are_refused(void **state)
     image_free(&image);
 }
 
+/* Each may take its steps, all together may not. */
+static void patterns_that_take_long_together_are_refused(void **state)
+{
+    (void)state;
+    enum { KEYS = 10000, ROOM = KEYS * 64 };
+    adapter_image image = {0};
+    choir_adapter_data *data;
+    char *config = malloc(ROOM);
+    assert_non_null(config);
+    int n = snprintf(config, ROOM,
+                     "{\"peft_type\": \"LORA\", \"r\": 2, \"lora_alpha\": 4, \"rank_pattern\": {");
+    for (int i = 0; i < KEYS; i++)
+        n += snprintf(config + n, (size_t)(ROOM - n), "%s\".*[a-z].*[a-z].*[a-z](%d|Q)\": 3",
+                      i > 0 ? ", " : "", i);
+    snprintf(config + n, (size_t)(ROOM - n), "}}");
+    add_lora(&image, LAYERS "0.self_attn.o_proj", 2, 64, 64);
+    image_safetensors(&image);
+    says(check_header(base_of("llama"), config, &image, &data), CHOIR_E_INVALID,
+         "the 10000 keys of rank_pattern take too long");
+    free(config);
+    image_free(&image);
+}
+
 /* llama.cpp's converter gives q's and k's rows the order of pairs; what an adapter says of rows
  * follows. */
 static void rows_of_q_and_k_lie_as_the_base_has_them(void **state)
@@ -486,6 +509,54 @@ static void models_that_see_have_their_text_below_another_name(void **state)
     }
 }
 
+/* A configuration speaks of modules as the model that was trained has them. */
+static void patterns_are_compared_with_the_whole_names_of_those_models(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *pattern;
+        float scale;
+    } cases[] = {
+        {"model.language_model.layers.0.self_attn.o_proj", 5},
+        {"language_model.layers.0.self_attn.o_proj", 5},
+        {"layers.0.self_attn.o_proj", 5},
+        {".*language_model.*o_proj", 5},
+        {"model.layers.0.self_attn.o_proj", 3}, /* such a module there is not */
+    };
+    adapter_image image = {0};
+    add_lora(&image, "base_model.model.model.language_model.layers.0.self_attn.o_proj", 2, 64, 64);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char config[256];
+        snprintf(config, sizeof config,
+                 "{\"peft_type\": \"LORA\", \"r\": 2, \"lora_alpha\": 6, \"alpha_pattern\": "
+                 "{\"%s\": 10}}",
+                 cases[i].pattern);
+        choir_adapter_data *d = reads("llama", config, &image);
+        if (d->changes[0].scale != cases[i].scale)
+            fail_msg("%s: %g", config, (double)d->changes[0].scale);
+        choir_adapter_data_free(d);
+    }
+    image_free(&image);
+    /* The same of the names in lists. */
+    image_add(&image, "base_model.model.model.language_model.norm.weight", 64, 0, 0);
+    choir_adapter_data *d = reads("llama",
+                                  "{\"peft_type\": \"LORA\", \"r\": 2, \"lora_alpha\": 6, "
+                                  "\"modules_to_save\": [\"model.language_model.norm\"]}",
+                                  &image);
+    assert_int_equal(d->changes[0].role, CHOIR_ROLE_OUTPUT_NORM);
+    choir_adapter_data_free(d);
+    image_free(&image);
+    image_add(&image, "base_model.model.language_model.model.layers.0.self_attn.o_proj.ia3_l", 1,
+              64, 0);
+    d = reads("llama",
+              "{\"peft_type\": \"IA3\", \"feedforward_modules\": "
+              "\"language_model\\\\.model\\\\.layers.*o_proj\"}",
+              &image);
+    assert_int_equal(d->changes[0].has, CHOIR_ADAPTER_HAS_IN_SCALE);
+    choir_adapter_data_free(d);
+    image_free(&image);
+}
+
 static void invocations_are_read(void **state)
 {
     (void)state;
@@ -836,6 +907,7 @@ int main(void)
         cmocka_unit_test(scales_follow_patterns_as_peft_reads_them),
         cmocka_unit_test(ranks_follow_patterns),
         cmocka_unit_test(patterns_that_are_none_or_never_end_are_refused),
+        cmocka_unit_test(patterns_that_take_long_together_are_refused),
         cmocka_unit_test(rows_of_q_and_k_lie_as_the_base_has_them),
         cmocka_unit_test(dora_needs_its_magnitudes),
         cmocka_unit_test(biases_of_b_are_read),
@@ -850,6 +922,7 @@ int main(void)
         cmocka_unit_test(tables_are_adapted_by_rows),
         cmocka_unit_test(latent_attention_is_adapted_head_by_head),
         cmocka_unit_test(models_that_see_have_their_text_below_another_name),
+        cmocka_unit_test(patterns_are_compared_with_the_whole_names_of_those_models),
         cmocka_unit_test(invocations_are_read),
         cmocka_unit_test(settings_that_mean_something_else_are_refused),
         cmocka_unit_test(configurations_that_are_none_are_refused),
