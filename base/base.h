@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "base/memory.h"
 #include "base/options.h"
+#include "base/page_cache.h"
 #include "base/progress.h"
 #include "base/thread.h"
 #include "base/workers.h"

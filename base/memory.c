@@ -92,20 +92,16 @@ void choir_free(void *p)
 
 enum { HUGE_PAGE = 2 << 20 };
 
-static size_t page_for(size_t bytes)
-{
-    return bytes < HUGE_PAGE ? (size_t)sysconf(_SC_PAGESIZE) : HUGE_PAGE;
-}
-
 size_t choir_pages_bytes(size_t bytes)
 {
-    return choir_round_up(bytes, page_for(bytes));
+    return choir_round_up(bytes, (size_t)sysconf(_SC_PAGESIZE));
 }
 
 void *choir_alloc_pages(choir_memory_tag tag, size_t bytes)
 {
     if (must_fail() || bytes == 0 || bytes > SIZE_MAX / 2) return NULL;
-    size_t size = choir_pages_bytes(bytes), page = page_for(bytes), span = size + page;
+    size_t size = choir_pages_bytes(bytes), huge = size & ~(size_t)(HUGE_PAGE - 1);
+    size_t page = huge > 0 ? HUGE_PAGE : (size_t)sysconf(_SC_PAGESIZE), span = size + page;
     char *raw = mmap(NULL, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (raw == MAP_FAILED) return NULL;
     char *start = (char *)choir_round_up((uintptr_t)raw, page);
@@ -113,7 +109,7 @@ void *choir_alloc_pages(choir_memory_tag tag, size_t bytes)
     char *end = start + size;
     if (raw + span > end) munmap(end, (size_t)(raw + span - end));
     /* Advice: a kernel without huge pages serves small ones. */
-    if (page == HUGE_PAGE) madvise(start, size, MADV_HUGEPAGE);
+    if (huge > 0) madvise(start, huge, MADV_HUGEPAGE);
     count(tag, size, true);
     return start;
 }

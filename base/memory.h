@@ -41,8 +41,8 @@ void *choir_realloc(choir_memory_tag tag, void *p, size_t bytes) CHOIR_MUST_USE;
 char *choir_strdup(choir_memory_tag tag, const char *text) CHOIR_MUST_USE;
 void choir_free(void *p); /* NULL is fine; only for memory of the calls above */
 
-/* Zeroed, by whole pages: of 2 MiB (advised) from that size on, else small ones. For weights, experts, KV.
- * Freed with its size. */
+/* Zeroed, by whole pages: huge ones of 2 MiB (advised) as far as they go, small ones for the rest. For
+ * weights, experts, adapters, KV. Freed with its size. */
 size_t choir_pages_bytes(size_t bytes); /* what so many take */
 void *choir_alloc_pages(choir_memory_tag tag, size_t bytes) CHOIR_MUST_USE;
 void choir_free_pages(choir_memory_tag tag, void *p, size_t bytes);

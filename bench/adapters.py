@@ -12,7 +12,7 @@ Writes adapters of random numbers on all linear matrices (PEFT folders, F16) to 
   served  the same of 32 clients, from Choir's server and from llama.cpp's;
   cold    time to first token with an adapter that is on disk alone and with the same one in memory, next to its bytes
           over the disk's bandwidth (direct reads of the same files, in the same run) and 20 ms; of a server that is idle,
-          and of one that decodes for others meanwhile.
+          and of one that decodes for others meanwhile; memory holds a tenth of the adapters, and is full.
 --only names some of them. Ratios count, medians of the rounds. Needs a dense model, numpy, gguf, grpcio and grpcio-tools."""
 import argparse
 import concurrent.futures
@@ -211,8 +211,13 @@ def serve(a, *options):
     return serve_clients.Choir(a, 50154, "--adapters", str(a.peft), *options)
 
 
+def memory_for(n, n_bytes):
+    """Adapters in memory; what loading takes, and what is kept for the next load, is within it too."""
+    return "--adapter-memory", str(n * (n_bytes + (1 << 16)))
+
+
 def zipf(a, names, n_bytes):
-    server = serve(a, "--adapter-memory", str(len(names) // 10 * (n_bytes + (1 << 16))))
+    server = serve(a, *memory_for(len(names) // 10, n_bytes))
     clients = [ChoirClient(server) for _ in range(a.clients)]
     weights = [1 / (i + 1) for i in range(len(names))]
     ratios, waits, base_waits = [], [], []
@@ -311,11 +316,12 @@ def print_cold(what, waits):
 
 
 def cold(a, names, n_bytes):
+    resident = names[:len(names) // 10]
     names = names[-a.cold:]
-    server = serve(a)
+    server = serve(a, *memory_for(len(resident), n_bytes))
     client = ChoirClient(server)
-    for _ in range(5):
-        client.ask(prompt(8), 1, None)
+    for name in resident:
+        client.ask(prompt(8), 1, name)
     rate = disk_bandwidth([a.peft / n / "adapter_model.safetensors" for n in names])
     allowed = n_bytes / rate + 0.020
     idle = cold_and_warm(client, names[::2])

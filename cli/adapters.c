@@ -112,7 +112,7 @@ choir_status choir_cli_adapters_read(const choir_cli_adapter_values *v, const ch
 choir_status choir_cli_adapters_make(choir_cli_adapters *a, const choir_engine *engine)
 {
     for (uint32_t i = 0; i < a->n; i++) {
-        choir_status status = choir_adapter_make(engine, a->data[i], a->type, &a->made[i]);
+        choir_status status = choir_adapter_make(engine, a->data[i], a->type, NULL, &a->made[i]);
         if (status != CHOIR_OK) return choir_fail_in(status, "--adapter %s", a->paths[i]);
         if ((a->n > 1 || a->uses[i].weight != 1) && !choir_adapter_mixes(a->made[i]))
             return choir_fail(CHOIR_E_INVALID,

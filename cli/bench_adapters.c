@@ -88,7 +88,7 @@ static choir_status make_one(const choir_engine *engine, const choir_bench_adapt
         s->changes[i].a = s->numbers + at;
         s->changes[i].b = s->numbers + (at * 31 + 17) % (s->n_numbers - s->longest);
     }
-    return choir_adapter_make(engine, &data, o->type, out);
+    return choir_adapter_make(engine, &data, o->type, NULL, out);
 }
 
 choir_status choir_bench_adapters_make(const choir_engine *engine,

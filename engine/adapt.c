@@ -8,7 +8,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { MIN_RANKS = 64 };
+enum { MIN_RANKS = 64, MAX_FETCHED_RANK = 16, CACHE_LINE = 64 };
 
 /* -- laying out -- */
 
@@ -306,6 +306,65 @@ void choir_adapt_row(choir_engine *e, const adapt_target *t, uint32_t at, activa
     if (run == NULL) return;
     shrink(e, t, in, at, (size_t)at + 1);
     expand_run(e, run, t, in, at, (size_t)at + 1, y - (size_t)at * n, n, 0, n);
+}
+
+/* -- fetching -- */
+
+void choir_adapt_fetch_begin(choir_engine *e, uint32_t worker)
+{
+    const choir_range *ranges = e->step.fetch_ranges + (size_t)worker * MAX_FETCHED;
+    e->step.fetch[worker] = (choir_fetch){.ranges = ranges, .last = ranges};
+}
+
+static void add_range(step *s, uint32_t worker, const char *begin, const char *end)
+{
+    choir_fetch *f = &s->fetch[worker];
+    choir_range *base = s->fetch_ranges + (size_t)worker * MAX_FETCHED;
+    if (f->last == base + MAX_FETCHED) return;
+    const char *at = (const char *)((uintptr_t)begin & ~(uintptr_t)(CACHE_LINE - 1));
+    base[f->last - base] = (choir_range){at, (size_t)(end - at)};
+    f->last++;
+}
+
+/* More ranks are more than a cache holds of so many adapters. */
+static bool is_fetched(const choir_factor *f)
+{
+    return f->rank > 0 && f->rank <= MAX_FETCHED_RANK;
+}
+
+void choir_adapt_fetch_outputs(choir_engine *e, const adapt_target *t, uint32_t n_rows,
+                               uint32_t worker, uint32_t begin, uint32_t end)
+{
+    step *s = &e->step;
+    size_t i = 0, first;
+    if (!choir_adapts(e, t->role) || begin >= end) return;
+    for (const adapter_run *run; (run = next_rows(s, t, &i, n_rows, &first)) != NULL;)
+        for (uint32_t u = 0; u < run->n_uses; u++) {
+            const adapted *c = change_of(run, u, t);
+            if (c == NULL || !is_fetched(&c->b)) continue;
+            size_t bytes = choir_factor_element_bytes(c->b.type), stride = c->b.stride * bytes;
+            const char *at = c->b.data;
+            for (uint32_t r = 0; r < c->b.rank; r++, at += stride)
+                add_range(s, worker, at + begin * bytes, at + end * bytes);
+        }
+}
+
+void choir_adapt_fetch_inputs(choir_engine *e, const adapt_target *t, uint32_t worker,
+                              uint32_t n_workers)
+{
+    step *s = &e->step;
+    uint64_t begin, end;
+    if (!choir_adapts(e, t->role) || t->map != NULL) return;
+    choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
+    size_t i = begin, first;
+    for (const adapter_run *run; (run = next_rows(s, t, &i, end, &first)) != NULL;)
+        for (uint32_t u = 0; u < run->n_uses; u++) {
+            const adapted *c = change_of(run, u, t);
+            if (c == NULL || !is_fetched(&c->a)) continue;
+            const char *data = c->a.data;
+            add_range(s, worker, data,
+                      data + choir_factor_bytes(c->a.type, c->a.rank, c->a.length));
+        }
 }
 
 /* -- what is no product -- */

@@ -8,7 +8,10 @@
 #include "engine/adapter.h"
 #include "engine/kernels/kernels.h"
 
-enum { ADAPT_BUFFERS = 3 }; /* matrices that share a phase: q, k and v */
+enum {
+    ADAPT_BUFFERS = 3, /* matrices that share a phase: q, k and v */
+    MAX_FETCHED = 2048, /* ranges that a worker fetches beside a phase's products */
+};
 
 /* A choir_adapter_change as it is computed, its settings folded into as few arrays as it takes:
  *   y = scale · y0 + B f(A z + a_bias) + shift */
@@ -36,6 +39,7 @@ struct choir_adapter {
     uint32_t *first;  /* [n_layers * CHOIR_N_ROLES + 1] */
     const float *virtual_embeddings, *virtual_keys, *virtual_values;
     void *memory;
+    choir_page_cache *pages; /* memory's, or NULL */
 };
 
 /* The change of a matrix, or NULL. */
@@ -89,6 +93,17 @@ void choir_adapt_scale_inputs(choir_engine *engine, const adapt_target *target, 
 /* All of it for one row that one worker has whole. */
 void choir_adapt_row(choir_engine *engine, const adapt_target *target, uint32_t row, activations in,
                      float *y, uint32_t n);
+/* Lists what the worker's next products fetch besides: those read little memory, the adapters of many rows little
+ * else. B of the products' own columns, and A for the rows that the worker makes next. */
+void choir_adapt_fetch_begin(choir_engine *engine, uint32_t worker);
+void choir_adapt_fetch_outputs(choir_engine *engine, const adapt_target *target, uint32_t n_rows, uint32_t worker,
+                               uint32_t begin, uint32_t end);
+void choir_adapt_fetch_inputs(choir_engine *engine, const adapt_target *target, uint32_t worker,
+                              uint32_t n_workers);
+/* engine/attention.c, engine/moe.c: the matrices whose A a layer's normed rows meet; their number. Those of routed
+ * experts are not known so early. */
+uint32_t choir_attention_inputs(const choir_engine *engine, uint32_t layer, adapt_target out[ADAPT_BUFFERS]);
+uint32_t choir_ffn_inputs(const choir_engine *engine, uint32_t layer, adapt_target out[ADAPT_BUFFERS]);
 /* A norm's weight for a row of the step. */
 float *choir_adapt_norm(const choir_engine *engine, choir_role role, uint32_t layer, size_t row, float *weight);
 /* The residual stream's begin: embedding row `x` of a token, or a virtual token's. */

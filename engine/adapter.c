@@ -448,19 +448,22 @@ uint64_t choir_adapter_plan_bytes(const choir_engine *e, const choir_adapter_dat
 }
 
 choir_status choir_adapter_make(const choir_engine *e, const choir_adapter_data *data,
-                                choir_adapter_type type, choir_adapter **out)
+                                choir_adapter_type type, choir_page_cache *pages,
+                                choir_adapter **out)
 {
     choir_status status;
     choir_adapter *a = choir_calloc(CHOIR_MEM_ADAPTERS, 1, sizeof *a);
     if (a == NULL) return choir_fail(CHOIR_E_NO_MEMORY, "no memory for an adapter");
     maker m = maker_of(e, type, a);
     CHOIR_TRY_TO(fail, status, make_all(&m, data));
-    a->memory = choir_alloc(CHOIR_MEM_ADAPTERS, m.at + 64);
+    a->pages = pages;
+    a->memory = pages != NULL ? choir_page_cache_take(pages, m.at)
+                              : choir_alloc_pages(CHOIR_MEM_ADAPTERS, m.at);
     if (a->memory == NULL) {
         status = choir_fail(CHOIR_E_NO_MEMORY, "no memory for an adapter of %zu bytes", m.at);
         goto fail;
     }
-    m.base = (uint8_t *)(((uintptr_t)a->memory + 63) & ~(uintptr_t)63);
+    m.base = a->memory;
     m.at = 0;
     CHOIR_TRY_TO(fail, status, make_all(&m, data));
     *out = a;
@@ -473,7 +476,10 @@ fail:
 void choir_adapter_free(choir_adapter *adapter)
 {
     if (adapter == NULL) return;
-    choir_free(adapter->memory);
+    if (adapter->pages != NULL)
+        choir_page_cache_give(adapter->pages, adapter->memory, adapter->bytes);
+    else
+        choir_free_pages(CHOIR_MEM_ADAPTERS, adapter->memory, adapter->bytes);
     choir_free(adapter);
 }
 

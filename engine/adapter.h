@@ -29,8 +29,10 @@ bool choir_adapter_type_parse(const char *text, choir_adapter_type *out);
 /* What AUTO is for this engine; the others as they are. */
 choir_adapter_type choir_adapter_type_of(const choir_engine *engine, choir_adapter_type type);
 
+/* pages: NULL, or whose memory the adapter takes, and gives back as it is freed. */
 choir_status choir_adapter_make(const choir_engine *engine, const choir_adapter_data *data,
-                                choir_adapter_type type, choir_adapter **out) CHOIR_MUST_USE;
+                                choir_adapter_type type, choir_page_cache *pages,
+                                choir_adapter **out) CHOIR_MUST_USE;
 void choir_adapter_free(choir_adapter *adapter);
 /* What make() would take, before there is any. */
 uint64_t choir_adapter_plan_bytes(const choir_engine *engine, const choir_adapter_data *data,

@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+enum { MAX_KEPT_PAGES = 64 << 20 };
+
 static choir_adapter_source source_of(const choir_adapter_file *file)
 {
     return (choir_adapter_source){.name = file->name,
@@ -62,7 +64,7 @@ static choir_status make(void *user, const choir_adapter_file *file, choir_adapt
     choir_adapter_data *data;
     choir_adapter *adapter = NULL;
     CHOIR_TRY(choir_adapter_data_parse(&e->config, &source, &data));
-    choir_status status = choir_adapter_make(e, data, e->adapter_type, &adapter);
+    choir_status status = choir_adapter_make(e, data, e->adapter_type, e->adapter_pages, &adapter);
     choir_adapter_data_free(data);
     if (status != CHOIR_OK) return choir_fail_in(status, "adapter %s", file->name);
     *made = (choir_adapter_made){.adapter = adapter,
@@ -78,15 +80,30 @@ static void free_one(void *user, void *adapter)
     choir_adapter_free(adapter);
 }
 
+/* A part of the adapters' memory is kept for what is loaded next, so that no load waits for the
+ * kernel to clear pages. */
+static choir_status keep_pages(choir_engine *e)
+{
+    uint64_t bytes = e->adapter_floor / 16;
+    if (bytes > MAX_KEPT_PAGES) bytes = MAX_KEPT_PAGES;
+    e->adapter_pages = choir_page_cache_create(CHOIR_MEM_ADAPTERS, bytes);
+    if (e->adapter_pages == NULL)
+        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for the pool of adapters");
+    choir_engine_reserve_adapter_bytes(e, bytes);
+    return CHOIR_OK;
+}
+
 choir_status choir_engine_open_adapters(choir_engine *e,
                                         const choir_engine_adapters_options *options)
 {
-    CHOIR_ASSERT(e->adapters == NULL);
+    CHOIR_ASSERT(e->adapters == NULL && e->adapter_pages == NULL);
     if (e->adapter_most == 0)
         return choir_fail(CHOIR_E_INVALID,
                           "adapters have no memory: --adapter-memory is 0, or nothing is left of "
                           "the budget");
+    CHOIR_TRY(keep_pages(e));
     choir_adapters_options o = CHOIR_ADAPTERS_OPTIONS_DEFAULT;
+    o.pages = e->adapter_pages;
     o.budget_bytes = e->adapter_floor;
     o.most_bytes = e->adapter_most;
     o.folder = options->folder;

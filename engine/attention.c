@@ -318,22 +318,27 @@ static adapt_target input_target(choir_role role, uint32_t l, uint32_t buffer)
     return (adapt_target){.role = role, .layer = l, .buffer = buffer};
 }
 
-/* What adapters want of the normed rows, by the worker that normed them. */
-static void shrink_inputs(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
+uint32_t choir_attention_inputs(const choir_engine *e, uint32_t l, adapt_target out[ADAPT_BUFFERS])
 {
     static const choir_role direct[] = {CHOIR_ROLE_ATTN_Q, CHOIR_ROLE_ATTN_K, CHOIR_ROLE_ATTN_V};
     static const choir_role latent[] = {CHOIR_ROLE_ATTN_KV_A, CHOIR_ROLE_ATTN_Q,
                                         CHOIR_ROLE_ATTN_Q_A};
     bool is_latent = choir_is_latent(&e->config);
+    for (uint32_t i = 0; i < 3; i++) /* Q and Q_A are never both there: they share a buffer. */
+        out[i] = is_latent ? input_target(latent[i], l, i > 0) : input_target(direct[i], l, i);
+    return l < e->config.n_layers ? 3 : 0;
+}
+
+/* What adapters want of the normed rows, by the worker that normed them. */
+static void shrink_inputs(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
+{
+    adapt_target inputs[ADAPT_BUFFERS];
     uint64_t begin, end;
     choir_share(e->step.n_rows, 1, worker, n_workers, &begin, &end);
-    for (uint32_t i = 0; i < 3; i++) {
-        /* Q and Q_A are never both there: they share a buffer. */
-        const adapt_target t =
-            is_latent ? input_target(latent[i], l, i > 0) : input_target(direct[i], l, i);
-        choir_adapt_shrink(e, &t, (activations){e->step.h, e->config.hidden}, (uint32_t)begin,
-                           (uint32_t)end);
-    }
+    uint32_t n = choir_attention_inputs(e, l, inputs);
+    for (uint32_t i = 0; i < n; i++)
+        choir_adapt_shrink(e, &inputs[i], (activations){e->step.h, e->config.hidden},
+                           (uint32_t)begin, (uint32_t)end);
 }
 
 static void make_latent_qkv(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
@@ -346,7 +351,7 @@ static void make_latent_qkv(choir_engine *e, uint32_t l, uint32_t worker, uint32
         {compressed ? &w->q_a : &w->q, compressed ? s->q_latent : s->q,
          input_target(compressed ? CHOIR_ROLE_ATTN_Q_A : CHOIR_ROLE_ATTN_Q, l, 1)}};
     const choir_acts in = {s->h, s->q8_h, s->n_rows, e->config.hidden};
-    choir_multiply(e, a, 2, &in, worker, n_workers);
+    choir_multiply(e, a, 2, &in, NULL, worker, n_workers);
     choir_workers_sync(e->workers);
 
     finish_latents(e, l, worker, n_workers);
@@ -355,7 +360,7 @@ static void make_latent_qkv(choir_engine *e, uint32_t l, uint32_t worker, uint32
     if (compressed) {
         const product b = {&w->q, s->q, input_target(CHOIR_ROLE_ATTN_Q_B, l, 0)};
         const choir_acts latent = {s->q_latent, s->q8_latent, s->n_rows, e->config.q_lora_rank};
-        choir_multiply(e, &b, 1, &latent, worker, n_workers);
+        choir_multiply(e, &b, 1, &latent, NULL, worker, n_workers);
         choir_workers_sync(e->workers);
     }
     widen_queries(e, l, worker, n_workers);
@@ -370,7 +375,8 @@ static void make_qkv(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_wo
                            {&w->k, s->k, input_target(CHOIR_ROLE_ATTN_K, l, 1)},
                            {&w->v, s->v, input_target(CHOIR_ROLE_ATTN_V, l, 2)}};
     const choir_acts in = {s->h, s->q8_h, s->n_rows, e->config.hidden};
-    choir_multiply(e, qkv, 3, &in, worker, n_workers);
+    const adapt_target out = input_target(CHOIR_ROLE_ATTN_OUT, l, 0);
+    choir_multiply(e, qkv, 3, &in, &out, worker, n_workers);
     choir_workers_sync(e->workers);
 
     finish_qkv(e, l, worker, n_workers);
@@ -412,12 +418,13 @@ void choir_phase_attention(choir_engine *e, uint32_t l, uint32_t worker, uint32_
         choir_workers_sync(e->workers);
     }
     if (worker == 0) atomic_store_explicit(&s->next_item, 0, memory_order_relaxed);
-    const residual_product out = {.matrix = &w->out,
-                                  .bias = w->out_bias,
-                                  .post_norm = w->attn_post_norm,
-                                  .acts = {s->att, s->q8_att, s->n_rows, width},
-                                  .y = s->h,
-                                  .target = input_target(CHOIR_ROLE_ATTN_OUT, l, 0)};
+    residual_product out = {.matrix = &w->out,
+                            .bias = w->out_bias,
+                            .post_norm = w->attn_post_norm,
+                            .acts = {s->att, s->q8_att, s->n_rows, width},
+                            .y = s->h,
+                            .target = input_target(CHOIR_ROLE_ATTN_OUT, l, 0)};
+    out.n_next = choir_ffn_inputs(e, l, out.next);
     adapt_attended(e, &out.target, width, worker, n_workers);
     quantize_rows(e, s->att, width, s->q8_att, worker, n_workers);
     choir_workers_sync(e->workers);

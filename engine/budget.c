@@ -174,6 +174,16 @@ void choir_engine_set_kv_pages(choir_engine *e, uint32_t n)
     share(e);
 }
 
+void choir_engine_reserve_adapter_bytes(choir_engine *e, uint64_t bytes)
+{
+    CHOIR_ASSERT(bytes < e->adapter_floor);
+    e->adapter_floor -= bytes;
+    e->adapter_most -= bytes;
+    if (e->shared_bytes == 0) return;
+    e->shared_bytes -= bytes;
+    e->adapter_now_bytes -= bytes;
+}
+
 uint64_t choir_engine_adapter_floor(const choir_engine *e)
 {
     return e->adapter_floor;

@@ -92,6 +92,7 @@ void choir_engine_close(choir_engine *e)
 {
     if (e == NULL) return;
     choir_adapters_destroy(e->adapters);
+    choir_page_cache_destroy(e->adapter_pages);
     choir_workers_destroy(e->workers);
     choir_step_destroy(e);
     choir_free_pages(CHOIR_MEM_KV, e->kv, e->kv_bytes);

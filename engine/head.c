@@ -90,7 +90,7 @@ void choir_phase_head(choir_engine *e, uint32_t worker, uint32_t n_workers)
 
         const product head = {&e->head, s->logits, head_target(s, first)};
         const choir_acts in = {s->h, s->q8_h, n, e->config.hidden};
-        choir_multiply(e, &head, 1, &in, worker, n_workers);
+        choir_multiply(e, &head, 1, &in, NULL, worker, n_workers);
         choir_workers_sync(e->workers);
 
         uint64_t begin, end;

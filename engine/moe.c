@@ -367,12 +367,17 @@ static void gate_and_up(choir_engine *e, const expert_rows *r, uint32_t worker, 
 {
     uint64_t begin, end;
     const choir_expert *expert = r->expert;
-    const choir_acts *in = &r->in;
+    const choir_acts own = choir_acts_fetching(e, &r->in, worker), *in = &own;
     const activations x = {in->x, in->cols};
     float *gate = r->gate, *up = r->up;
     uint32_t ffn = expert->gate.rows;
     choir_share(ffn, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
     uint32_t n = (uint32_t)(end - begin);
+    choir_adapt_fetch_begin(e, worker);
+    choir_adapt_fetch_outputs(e, &r->gate_target, in->n_rows, worker, (uint32_t)begin,
+                              (uint32_t)end);
+    choir_adapt_fetch_outputs(e, &r->up_target, in->n_rows, worker, (uint32_t)begin, (uint32_t)end);
+    choir_adapt_fetch_inputs(e, &r->down_target, worker, n_workers);
     if (n > 0) e->kernels->matmul(&expert->gate, in, gate, ffn, (uint32_t)begin, (uint32_t)end);
     if (n > 0) e->kernels->matmul(&expert->up, in, up, ffn, (uint32_t)begin, (uint32_t)end);
     choir_meet_for_series(e, &r->gate_target, (activations){gate, ffn}, in->n_rows, worker,
@@ -486,17 +491,24 @@ static void run_always(choir_engine *e, uint32_t l, const choir_expert *x, uint3
     gate_and_up(e, &rows, worker, n_workers);
 }
 
+uint32_t choir_ffn_inputs(const choir_engine *e, uint32_t l, adapt_target out[ADAPT_BUFFERS])
+{
+    if (e->layers[l].always.gate.rows == 0) return 0;
+    for (int i = 0; i < 2; i++) out[i] = always_target(e, l, choir_expert_roles[i]);
+    return 2;
+}
+
 /* What adapters want of the normed rows for it, by the worker that normed them. */
 static void shrink_for_always(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
+    adapt_target inputs[ADAPT_BUFFERS];
     uint64_t begin, end;
     choir_share(s->n_rows, 1, worker, n_workers, &begin, &end);
-    for (int i = 0; i < 2; i++) {
-        const adapt_target t = always_target(e, l, choir_expert_roles[i]);
-        choir_adapt_shrink(e, &t, (activations){s->h, e->config.hidden}, (uint32_t)begin,
+    uint32_t n = choir_ffn_inputs(e, l, inputs);
+    for (uint32_t i = 0; i < n; i++)
+        choir_adapt_shrink(e, &inputs[i], (activations){s->h, e->config.hidden}, (uint32_t)begin,
                            (uint32_t)end);
-    }
 }
 
 /* The experts in reach: slot_out = down(act(gate) · up) of their slots. `always`: NULL, or the
@@ -590,13 +602,14 @@ static void run_dense(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_w
     quantize_always(e, l, &w->always, worker, n_workers);
     choir_workers_sync(e->workers);
 
-    const residual_product down = {
+    residual_product down = {
         .matrix = &w->always.down,
         .bias = w->always.down_bias,
         .post_norm = w->ffn_post_norm,
         .acts = {s->always_gate, s->q8_always, s->n_rows, e->config.ffn_hidden},
         .y = s->h,
         .target = always_target(e, l, CHOIR_ROLE_EXPERT_DOWN)};
+    down.n_next = choir_attention_inputs(e, l + 1, down.next);
     choir_multiply_into_residual(e, &down, worker, n_workers);
 }
 
@@ -608,7 +621,8 @@ void choir_phase_ffn(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_wo
     /* Routed experts' slots are quantised after routing; rows, for the expert that takes all of
      * them. */
     const layer_norm before = {&w->ffn_norm, CHOIR_ROLE_FFN_NORM, l};
-    choir_norm_rows(e, before, s->h, w->always.gate.rows > 0 ? s->q8_rows : NULL, worker, n_workers);
+    choir_norm_rows(e, before, s->h, w->always.gate.rows > 0 ? s->q8_rows : NULL, worker,
+                    n_workers);
     copy_taps(e, l, worker, n_workers);
     if (moe)
         run_experts(e, l, worker, n_workers);

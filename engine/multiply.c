@@ -50,10 +50,14 @@ void choir_meet_for_series(choir_engine *e, const adapt_target *target, activati
 }
 
 void choir_multiply(choir_engine *e, const product *products, uint32_t n_products,
-                    const choir_acts *acts, uint32_t worker, uint32_t n_workers)
+                    const choir_acts *acts, const adapt_target *next, uint32_t worker,
+                    uint32_t n_workers)
 {
     const activations in = {acts->x, acts->cols};
+    const choir_acts own = choir_acts_fetching(e, acts, worker);
     uint64_t total = 0, begin, end, at = 0;
+    choir_adapt_fetch_begin(e, worker);
+    if (next != NULL) choir_adapt_fetch_inputs(e, next, worker, n_workers);
     for (uint32_t i = 0; i < n_products; i++) total += n_grains(products[i].matrix);
     choir_share(total, 1, worker, n_workers, &begin, &end);
     for (uint32_t i = 0; i < n_products; i++) {
@@ -64,8 +68,10 @@ void choir_multiply(choir_engine *e, const product *products, uint32_t n_product
         uint32_t start = (uint32_t)(first < last ? first : last) * CHOIR_PACK_ROWS;
         uint64_t stop = last * CHOIR_PACK_ROWS;
         if (stop > m->rows) stop = m->rows;
+        choir_adapt_fetch_outputs(e, &products[i].target, acts->n_rows, worker, start,
+                                  (uint32_t)stop);
         if (start < stop)
-            e->kernels->matmul(m, acts, products[i].y, m->rows, start, (uint32_t)stop);
+            e->kernels->matmul(m, &own, products[i].y, m->rows, start, (uint32_t)stop);
         choir_meet_for_series(e, &products[i].target, (activations){products[i].y, m->rows},
                               acts->n_rows, worker, n_workers);
         choir_adapt_expand(e, &products[i].target, in, acts->n_rows, products[i].y, m->rows, start,
@@ -96,8 +102,12 @@ void choir_multiply_into_residual(choir_engine *e, const residual_product *p, ui
     uint32_t hidden = p->matrix->rows, n_rows = p->acts.n_rows;
     choir_share(hidden, CHOIR_PACK_ROWS, worker, n_workers, &begin, &end);
     uint32_t n = (uint32_t)(end - begin);
-    if (n > 0)
-        e->kernels->matmul(p->matrix, &p->acts, p->y, hidden, (uint32_t)begin, (uint32_t)end);
+    const choir_acts acts = choir_acts_fetching(e, &p->acts, worker);
+    choir_adapt_fetch_begin(e, worker);
+    choir_adapt_fetch_outputs(e, &p->target, n_rows, worker, (uint32_t)begin, (uint32_t)end);
+    for (uint32_t i = 0; i < p->n_next; i++)
+        choir_adapt_fetch_inputs(e, &p->next[i], worker, n_workers);
+    if (n > 0) e->kernels->matmul(p->matrix, &acts, p->y, hidden, (uint32_t)begin, (uint32_t)end);
     choir_meet_for_series(e, &p->target, (activations){p->y, hidden}, n_rows, worker, n_workers);
     choir_adapt_expand(e, &p->target, (activations){p->acts.x, p->acts.cols}, n_rows, p->y, hidden,
                        (uint32_t)begin, (uint32_t)end);

@@ -34,6 +34,8 @@ static void carve_rows(choir_engine *e, carver *c)
     s->first_row = carve(c, e->options.max_spans, sizeof *s->first_row);
     s->order = carve(c, e->options.max_spans, sizeof *s->order);
     s->runs = carve(c, e->options.max_spans, sizeof *s->runs);
+    s->fetch = carve(c, e->n_threads, sizeof *s->fetch);
+    s->fetch_ranges = carve(c, (size_t)e->n_threads * MAX_FETCHED, sizeof *s->fetch_ranges);
     s->run_of = carve(c, n, sizeof *s->run_of);
     s->items = carve(c, n * choir_head_groups(m), sizeof *s->items);
     s->x = carve(c, n * m->hidden, sizeof(float));

@@ -105,6 +105,8 @@ typedef struct step {
     /* Adapters: the rows' runs; A z of each row, [ADAPT_BUFFERS, low_rank_floats], a row's n_ranks long. */
     uint32_t *order;          /* [max_spans] spans as their rows lie: those of one adapter together */
     adapter_run *runs;        /* [max_spans] */
+    choir_fetch *fetch;       /* [n_threads]: what each fetches beside its products */
+    choir_range *fetch_ranges; /* [n_threads, MAX_FETCHED] */
     uint32_t *run_of;         /* [R]; NO_RUN: the base alone */
     uint32_t n_runs, n_ranks;
     uint64_t adapted_roles, series_roles, in_scale_roles; /* bits; 0: no row has any such change */
@@ -146,7 +148,8 @@ struct choir_engine {
     uint64_t shared_bytes, kv_floor_bytes; /* what KV pages and streamed experts share; 0: fixed parts */
     /* Of that, or besides it: what adapters have at least and at most; what KV and they have now of it. */
     uint64_t adapter_floor, adapter_most, kv_now_bytes, adapter_now_bytes;
-    choir_adapters *adapters; /* NULL, or the pool */
+    choir_adapters *adapters; /* NULL, or the pool … */
+    choir_page_cache *adapter_pages; /* … and where its memory comes from */
     choir_adapter_type adapter_type;
 
     step step;
@@ -190,6 +193,8 @@ uint64_t choir_small_weigh(const choir_engine *engine, const choir_model_file *f
 uint64_t choir_small_digest(const choir_engine *engine, uint64_t digest);
 /* engine/budget.c */
 choir_status choir_budget_plan(choir_engine *engine, const choir_model_file *file) CHOIR_MUST_USE;
+/* So many of the adapters' bytes are set apart from what they and experts share. Before serving. */
+void choir_engine_reserve_adapter_bytes(choir_engine *engine, uint64_t bytes);
 /* engine/scratch.c */
 size_t choir_step_bytes(choir_engine *engine); /* of scratch, before there is any */
 size_t choir_kv_page_bytes(const choir_engine *engine);
@@ -227,15 +232,24 @@ typedef struct residual_product {
     const float *bias, *post_norm; /* NULL, or [rows] */
     choir_acts acts;
     float *y; /* [n_rows, hidden] scratch */
-    adapt_target target;
+    adapt_target target, next[ADAPT_BUFFERS]; /* next: of the matrices that follow, whose A is fetched meanwhile */
+    uint32_t n_next;
 } residual_product;
+/* The same, for products that fetch besides what the worker has listed. */
+static inline choir_acts choir_acts_fetching(const choir_engine *e, const choir_acts *acts, uint32_t worker)
+{
+    choir_acts own = *acts;
+    if (e->step.n_runs > 0) own.fetch = &e->step.fetch[worker];
+    return own;
+}
 void choir_multiply_into_residual(choir_engine *engine, const residual_product *product, uint32_t worker,
                                   uint32_t n_workers);
-/* One worker's share of several products of the same activations, with what adapters make of them. */
+/* One worker's share of several products of the same activations, with what adapters make of them. next: NULL, or a
+ * matrix that follows, whose A is fetched meanwhile. */
 typedef struct product {
     const choir_matrix *matrix;
     float *y; /* [n_rows, matrix->rows] */
     adapt_target target;
 } product;
 void choir_multiply(choir_engine *engine, const product *products, uint32_t n_products,
-                    const choir_acts *acts, uint32_t worker, uint32_t n_workers);
+                    const choir_acts *acts, const adapt_target *next, uint32_t worker, uint32_t n_workers);

@@ -41,20 +41,30 @@ static void call_wake(choir_adapters *pool)
     pthread_mutex_unlock(&pool->wake_lock);
 }
 
-static void drop_buffer(adapter_load *load)
+static void *take_buffer(choir_adapters *pool, size_t bytes)
 {
-    choir_free_pages(CHOIR_MEM_ADAPTERS, load->data, load->room);
+    choir_page_cache *pages = pool->options.pages;
+    return pages != NULL ? choir_page_cache_take(pages, bytes)
+                         : choir_alloc_pages(CHOIR_MEM_ADAPTERS, bytes);
+}
+
+static void give_buffer(choir_adapters *pool, adapter_load *load)
+{
+    if (pool->options.pages != NULL)
+        choir_page_cache_give(pool->options.pages, load->data, load->room);
+    else
+        choir_free_pages(CHOIR_MEM_ADAPTERS, load->data, load->room);
     load->data = NULL;
     load->room = 0;
 }
 
-static void close_load(adapter_load *load)
+static void close_load(choir_adapters *pool, adapter_load *load)
 {
     files_close(&load->files);
     choir_free(load->config);
     load->config = NULL;
     load->ready = false;
-    if (load->room > KEPT_BUFFER) drop_buffer(load);
+    give_buffer(pool, load);
 }
 
 /* Hands the load's end over: the adapter, or why there is none. */
@@ -63,7 +73,7 @@ static void load_end(choir_adapters *pool, adapter_load *load, choir_status stat
 {
     choir_adapter_version *v = load->version;
     uint64_t took = choir_clock_now() - load->began_ns, read = load->files.tensors_mark.bytes;
-    close_load(load);
+    close_load(pool, load);
     pthread_mutex_lock(&pool->lock);
     pool->held_bytes -= load->reserved;
     load->version = NULL;
@@ -112,7 +122,7 @@ static void load_anew(choir_adapters *pool, adapter_load *load)
     }
     choir_log(CHOIR_LOG_INFO, "adapter %s: its files have changed; it is what they are now",
               v->name);
-    close_load(load);
+    close_load(pool, load);
     pthread_mutex_lock(&pool->lock);
     pool->held_bytes -= load->reserved;
     load->version = NULL;
@@ -133,13 +143,10 @@ static choir_status open_load(choir_adapters *pool, adapter_load *load, bool *ot
     size_t need = choir_round_up(v->tensors.bytes, CHOIR_DISK_PAGE);
     if (need == 0)
         return choir_fail(CHOIR_E_PRECONDITION, "adapter %s: its tensors' file is empty", v->name);
-    if (load->room < need) {
-        drop_buffer(load);
-        load->data = choir_alloc_pages(CHOIR_MEM_ADAPTERS, need);
-        if (load->data == NULL)
-            return choir_fail(CHOIR_E_NO_MEMORY, "adapter %s: no memory to read it into", v->name);
-        load->room = need;
-    }
+    load->data = take_buffer(pool, need);
+    if (load->data == NULL)
+        return choir_fail(CHOIR_E_NO_MEMORY, "adapter %s: no memory to read it into", v->name);
+    load->room = need;
     load->n_pieces = (uint32_t)((need + PIECE_BYTES - 1) / PIECE_BYTES);
     load->n_sent = load->n_in_flight = 0;
     load->error = 0;
@@ -297,9 +304,6 @@ bool loader_turn(choir_adapters *pool)
         finish_load(pool, &pool->loads[i]);
         moved = true;
     }
-    /* Buffers serve the next load at once, but are not kept while there is none. */
-    for (uint32_t i = 0; i < MAX_LOADS && !moved && !reading; i++)
-        if (pool->loads[i].version == NULL) drop_buffer(&pool->loads[i]);
     return moved || reading;
 }
 
@@ -324,8 +328,7 @@ void loads_end(choir_adapters *pool)
     if (pool->disk != NULL) pool->disk->close(pool->disk);
     for (uint32_t i = 0; i < MAX_LOADS; i++) {
         adapter_load *load = &pool->loads[i];
-        if (load->version != NULL) close_load(load);
-        drop_buffer(load);
+        if (load->version != NULL) close_load(pool, load);
     }
     free_gone(pool);
 }

@@ -29,7 +29,6 @@ enum {
     MAX_LOADS = 2,         /* at once: one is read while the other is made */
     PIECE_BYTES = 1 << 20, /* of a read */
     MAX_LOAD_TRIES = 3,
-    KEPT_BUFFER = 16 << 20, /* a load's buffer up to this size is kept for the next */
     MAX_CONFIG = 1 << 20,
     MAX_HEADER = 32 << 20,
     MAX_PATH = 4096,

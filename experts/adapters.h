@@ -57,6 +57,7 @@ typedef struct choir_adapters_options {
     uint32_t max_poisoned; /* requests that an adapter may poison before it is quarantined */
     const char *folder;    /* NULL, or the only place where clients' paths lead to; lent for create() */
     choir_disk *disk;      /* NULL, or taken over (tests) */
+    choir_page_cache *pages; /* NULL, or for what is read; lent until destroy(), the loader's thread alone has it */
     bool manual;           /* no thread: choir_adapters_work() is called by hand (tests) */
     /* Of headers alone: whether it fits, and its facts. */
     choir_status (*check)(void *user, const choir_adapter_file *file, choir_adapter_facts *facts);

@@ -197,18 +197,13 @@ choir_status choir_experts_place(choir_experts *store, uint32_t layer, uint32_t 
     return CHOIR_OK;
 }
 
-/* A slab is a few slots, and little against the whole budget: as many as leave least of its last page
- * empty. */
+/* A slab is a few slots, and little against the whole budget. */
 static void plan_slabs(choir_experts *store, uint64_t bytes)
 {
     uint64_t target = bytes / 16 < SLAB_BYTES ? bytes / 16 : SLAB_BYTES;
-    uint32_t most = (uint32_t)(target / store->slot_bytes), best = most > 0 ? most : 1;
-    for (uint32_t n = most; n > 1 && n > most / 2; n--)
-        if (choir_pages_bytes(n * store->slot_bytes) * best <
-            choir_pages_bytes(best * store->slot_bytes) * n)
-            best = n;
-    store->slots_per_slab = best;
-    store->slab_bytes = choir_pages_bytes(best * store->slot_bytes);
+    uint32_t n = (uint32_t)(target / store->slot_bytes);
+    store->slots_per_slab = n > 0 ? n : 1;
+    store->slab_bytes = choir_pages_bytes(store->slots_per_slab * store->slot_bytes);
     store->max_slabs =
         (store->stats.n_experts + store->slots_per_slab - 1) / store->slots_per_slab;
 }

@@ -4,10 +4,14 @@
 #include <math.h>
 #include <string.h>
 
-static const size_t element_bytes[] = {[CHOIR_FACTOR_F32] = 4,
-                                       [CHOIR_FACTOR_F16] = 2,
-                                       [CHOIR_FACTOR_BF16] = 2,
-                                       [CHOIR_FACTOR_INT8] = 1};
+size_t choir_factor_element_bytes(choir_factor_type type)
+{
+    static const size_t bytes[] = {[CHOIR_FACTOR_F32] = 4,
+                                   [CHOIR_FACTOR_F16] = 2,
+                                   [CHOIR_FACTOR_BF16] = 2,
+                                   [CHOIR_FACTOR_INT8] = 1};
+    return bytes[type];
+}
 
 static bool has_scales(choir_factor_type type)
 {
@@ -16,7 +20,7 @@ static bool has_scales(choir_factor_type type)
 
 static size_t data_bytes(choir_factor_type type, uint32_t rank, uint32_t length)
 {
-    return (size_t)rank * choir_factor_stride(length) * element_bytes[type];
+    return (size_t)rank * choir_factor_stride(length) * choir_factor_element_bytes(type);
 }
 
 size_t choir_factor_bytes(choir_factor_type type, uint32_t rank, uint32_t length)
@@ -68,7 +72,7 @@ static float pack_codes(const float *row, uint32_t n, int8_t *out)
 /* One row, which is spent. */
 static void pack_row(choir_factor *f, uint32_t r, float *row)
 {
-    size_t bytes = element_bytes[f->type];
+    size_t bytes = choir_factor_element_bytes(f->type);
     uint8_t *to = (uint8_t *)f->data + (size_t)r * f->stride * bytes;
     memset(to + f->length * bytes, 0, (f->stride - f->length) * bytes);
     float *scales = (float *)f->scales;
@@ -87,6 +91,18 @@ static void pack_row(choir_factor *f, uint32_t r, float *row)
     }
 }
 
+static void take_row(const choir_factor_source *from, uint32_t r, float *restrict out)
+{
+    const float *restrict row = from->data + r * from->row_stride, *scales = from->scales;
+    const size_t n = from->length, stride = from->stride;
+    const float scale = from->scale;
+    if (stride == 1)
+        for (size_t i = 0; i < n; i++) out[i] = row[i] * scale;
+    else
+        for (size_t i = 0; i < n; i++) out[i] = row[i * stride] * scale;
+    for (size_t i = 0; scales != NULL && i < n; i++) out[i] *= scales[i];
+}
+
 choir_factor choir_factor_pack(choir_factor_type type, const choir_factor_source *from,
                                float *scratch, void *data)
 {
@@ -94,9 +110,7 @@ choir_factor choir_factor_pack(choir_factor_type type, const choir_factor_source
     choir_factor f = {type, rank, n, choir_factor_stride(n), data, NULL};
     if (has_scales(type)) f.scales = (float *)((uint8_t *)data + data_bytes(type, rank, n));
     for (uint32_t r = 0; r < rank; r++) {
-        const float *row = from->data + r * from->row_stride;
-        for (uint32_t i = 0; i < n; i++) scratch[i] = row[i * from->stride] * from->scale;
-        for (uint32_t i = 0; from->scales != NULL && i < n; i++) scratch[i] *= from->scales[i];
+        take_row(from, r, scratch);
         pack_row(&f, r, scratch);
     }
     return f;

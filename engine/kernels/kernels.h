@@ -110,7 +110,19 @@ typedef struct choir_acts {
     const float *x; /* [n_rows, cols], row stride = cols */
     const void *q8; /* choir_kernels.quantize's output, or NULL */
     uint32_t n_rows, cols;
+    struct choir_fetch *fetch; /* NULL, or what products fetch besides; one thread's own */
 } choir_acts;
+
+/* Memory that will be wanted soon: a product of codes, which computes more than it reads, fetches some lines of it
+ * with each block. */
+typedef struct choir_range {
+    const char *at;
+    size_t bytes;
+} choir_range;
+typedef struct choir_fetch {
+    const char *at, *end;             /* of the range that is under way */
+    const choir_range *ranges, *last; /* that come then */
+} choir_fetch;
 size_t choir_acts_q8_bytes(uint32_t n_rows, uint32_t cols);
 
 /* A factor of a low-rank pair B A (Hu et al. 2021) as `rank` rows of equal length: A as it is, [rank, inputs], and
@@ -128,6 +140,7 @@ typedef struct choir_factor {
     const void *data;
     const float *scales; /* [rank] of F16 and INT8, else NULL */
 } choir_factor;
+size_t choir_factor_element_bytes(choir_factor_type type);
 static inline uint32_t choir_factor_stride(uint32_t length) { return (length + 15) & ~15U; }
 size_t choir_factor_bytes(choir_factor_type type, uint32_t rank, uint32_t length); /* data, then scales */
 /* What a factor is made of: element i of row r is data[r row_stride + i stride] scale scales[i]. */

@@ -56,7 +56,7 @@ static choir_engine *open_engine(const char *model, const setting *s)
 
 static void keep(pool *p, uint32_t at, const choir_adapter_data *data, choir_adapter_type type)
 {
-    if (choir_adapter_make(p->engine, data, type, &p->adapters[at]) != CHOIR_OK)
+    if (choir_adapter_make(p->engine, data, type, NULL, &p->adapters[at]) != CHOIR_OK)
         fail_msg("adapter %u: %s", at, choir_error_message());
     p->n_virtual[at] = data->n_virtual;
 }

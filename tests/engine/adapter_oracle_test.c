@@ -151,7 +151,7 @@ static bool add_adapter(setting *s, const char *name, float weight)
         return false;
     }
     choir_adapter *adapter;
-    status = choir_adapter_make(s->engine, data, CHOIR_ADAPTER_AUTO, &adapter);
+    status = choir_adapter_make(s->engine, data, CHOIR_ADAPTER_AUTO, NULL, &adapter);
     s->n_virtual += data->n_virtual;
     s->n_invocation = data->n_invocation;
     memcpy(s->invocation, data->invocation, sizeof s->invocation);

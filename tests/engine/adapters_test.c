@@ -80,7 +80,7 @@ static void check_one(choir_engine *e, choir_adapters *pool, const choir_adapter
     choir_adapter_claim claim;
     snprintf(path, sizeof path, ADAPTERS "/%.256s", info->name);
     assert_int_equal(choir_adapter_data_open(choir_engine_config(e), path, &data), CHOIR_OK);
-    assert_int_equal(choir_adapter_make(e, data, type, &made), CHOIR_OK);
+    assert_int_equal(choir_adapter_make(e, data, type, NULL, &made), CHOIR_OK);
     pin(pool, info->name, &claim);
     const choir_adapter *own = choir_adapter_claim_adapter(&claim);
     const choir_adapter_facts *f = choir_adapter_claim_facts(&claim);

@@ -10,6 +10,7 @@
  * pair lie where one shift or mask finds them. Unpacking costs little beside the work on a tile of
  * activation rows. */
 #include "engine/kernels/cpu/avx2.h"
+#include "engine/kernels/cpu/fetch.h"
 
 #include <immintrin.h>
 
@@ -39,6 +40,7 @@ typedef struct strip_job {
     quant_layout l;
     acts_layout acts;
     const uint8_t *table; /* of 4-bit codes */
+    choir_fetch *fetch;
 } strip_job;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -246,11 +248,14 @@ INLINE void run_tile(const strip_job *j, uint32_t first, int n, int kind)
     const strip_job local = *j; /* a copy that no store can alias */
     const uint8_t *rows = j->rows + first * j->acts.row_bytes;
     for (int i = 0; i < n; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
+    choir_fetch fetch = begin_fetch(local.fetch);
     for (uint32_t b = 0; b < local.l.n_blocks; b++) {
         if (!(kind & W8)) w4_block(&local, rows, b, n, kind, acc);
         if (kind & W8) w8_block(&local, rows, b, 0, n, kind, acc);
         if (kind & HALVES) w8_block(&local, rows, b, 1, n, kind, acc);
+        fetch_lines(&fetch);
     }
+    end_fetch(local.fetch, &fetch);
     for (int i = 0; i < n; i++) store_outputs(&local, local.y + (first + i) * local.ldy, acc[i]);
 }
 
@@ -301,7 +306,10 @@ static strip_function function_for(const choir_matrix *w, const quant_layout *l)
 void choir_avx2_quant_matmul(const choir_matrix *w, const choir_acts *acts, float *restrict y,
                              size_t ldy, uint32_t begin, uint32_t end)
 {
-    strip_job j = {.ldy = ldy, .l = choir_quant_layout(w), .acts = choir_acts_layout(w->cols)};
+    strip_job j = {.ldy = ldy,
+                   .l = choir_quant_layout(w),
+                   .acts = choir_acts_layout(w->cols),
+                   .fetch = acts->fetch};
     strip_function run = function_for(w, &j.l);
     j.table = choir_code_tables[j.l.table];
     CHOIR_ASSERT(acts->q8 != NULL && begin % STRIP == 0);

@@ -1,6 +1,7 @@
 /* The AVX-512 level (F, BW, VL, VNNI). Quantised products: 16 output rows x 4 k in a register,
  * multiplied with 4 broadcast activation bytes and added up by one dpbusd, once for each half of
  * the activations' codes; all else is as in AVX2, twice as wide. */
+#include "engine/kernels/cpu/fetch.h"
 #include "engine/kernels/cpu/wide_avx512.h"
 /* wide_*.h need the vocabulary above. */
 #include "engine/kernels/cpu/wide_attention.h"
@@ -26,6 +27,7 @@ typedef struct tile {
     const quant_layout *l;
     acts_layout acts;
     __m512i table; /* of 4-bit codes, four times */
+    choir_fetch *fetch;
 } tile;
 
 INLINE wide load_scales(const uint8_t *p, int i, int kind)
@@ -160,7 +162,12 @@ INLINE void run_tile(const tile *t, int rows, int kind)
 {
     wide acc[TILE];
     for (int i = 0; i < rows; i++) acc[i] = w_zero();
-    for (uint32_t b = 0; b < t->l->n_blocks; b++) run_block(t, b, rows, kind, acc);
+    choir_fetch fetch = begin_fetch(t->fetch);
+    for (uint32_t b = 0; b < t->l->n_blocks; b++) {
+        run_block(t, b, rows, kind, acc);
+        fetch_lines(&fetch);
+    }
+    end_fetch(t->fetch, &fetch);
     for (int i = 0; i < rows; i++) w_store_first(t->y + i * t->ldy, acc[i], t->n_out);
 }
 
@@ -217,7 +224,7 @@ static void quant_matmul(const choir_matrix *w, const choir_acts *acts, float *r
                          size_t ldy, uint32_t begin, uint32_t end)
 {
     quant_layout l = choir_quant_layout(w);
-    tile t = {.ldy = ldy, .l = &l, .acts = choir_acts_layout(w->cols)};
+    tile t = {.ldy = ldy, .l = &l, .acts = choir_acts_layout(w->cols), .fetch = acts->fetch};
     tile_function run = function_for(w, &l);
     t.table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)choir_code_tables[l.table]));
     CHOIR_ASSERT(acts->q8 != NULL && begin % STRIP == 0);
