@@ -15,21 +15,23 @@ static void free_gone(choir_adapters *pool)
     pthread_mutex_lock(&pool->lock);
     while (pool->evicted != NULL || pool->ended != NULL) {
         choir_adapter_version *v = pool->evicted;
-        void *adapter = NULL;
+        uint64_t bytes;
         if (v != NULL) {
-            adapter = v->evicted;
+            void *adapter = v->evicted;
+            bytes = v->bytes;
             pool->evicted = v->next_evicted;
             v->evicted = NULL;
             pthread_mutex_unlock(&pool->lock);
             pool->options.free(pool->options.user, adapter);
-            pthread_mutex_lock(&pool->lock);
-            continue;
+        } else {
+            v = pool->ended;
+            bytes = v->adapter != NULL ? v->bytes : 0;
+            pool->ended = v->next_ended;
+            pthread_mutex_unlock(&pool->lock);
+            version_free(pool, v);
         }
-        v = pool->ended;
-        pool->ended = v->next_ended;
-        pthread_mutex_unlock(&pool->lock);
-        version_free(pool, v);
         pthread_mutex_lock(&pool->lock);
+        pool->going_bytes -= bytes;
     }
     pthread_mutex_unlock(&pool->lock);
 }
@@ -113,8 +115,7 @@ static void load_anew(choir_adapters *pool, adapter_load *load)
     bool candidate = v->candidate;
     pthread_mutex_unlock(&pool->lock);
     choir_status status =
-        candidate ? choir_fail(CHOIR_E_PRECONDITION,
-                               "adapter %s: its files have changed while it was loaded", v->name)
+        candidate ? files_changed(v->name)
                   : adapter_examine(pool, &what, &files, &facts);
     if (status != CHOIR_OK) {
         load_end(pool, load, status, NULL);

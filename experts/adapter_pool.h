@@ -78,6 +78,7 @@ struct choir_adapter_version {
     uint64_t bytes, digest; /* digest: 0 until it was read */
     choir_adapter_claim *claims;
     uint32_t n_claims, n_pins, n_poisoned;
+    uint32_t n_holds; /* it does not end: load() comes back to it */
     uint64_t used;     /* LRU: the pool's count when it was last let go */
     uint64_t retry_at; /* FAILED */
     choir_status failure;
@@ -120,6 +121,7 @@ struct choir_adapters {
     uint32_t n_candidates;
     uint64_t n_numbered, n_used, n_bad_news; /* bad news: claims may have gone bad since */
     uint64_t held_bytes, most_overhead; /* overhead: what loading takes besides */
+    uint64_t going_bytes; /* besides held_bytes: of the lists of what the loader frees */
     version_sums sums;
     bool blocked; /* a claim of this urgency finds no room */
     int64_t blocked_urgency;
@@ -194,6 +196,7 @@ choir_status adapter_examine(choir_adapters *pool, const choir_adapter_load *wha
                              choir_adapter_facts *facts) CHOIR_MUST_USE;
 adapter_name *name_find(const choir_adapters *pool, const char *text); /* NULL: there is none */
 choir_status name_unknown(const choir_adapters *pool, const char *text);
+choir_status files_changed(const char *name); /* while they were loaded; needs no lock */
 
 /* experts/adapter_loads.c */
 void *run_loader(void *pool);

@@ -193,6 +193,12 @@ static choir_status exists(const char *name)
         name);
 }
 
+choir_status files_changed(const char *name)
+{
+    return choir_fail(CHOIR_E_PRECONDITION,
+                      "adapter %s: its files have changed while it was loaded", name);
+}
+
 static choir_status register_found(choir_adapters *pool, const choir_adapter_load *what,
                                    const adapter_files *files, const choir_adapter_facts *facts)
 {
@@ -270,11 +276,14 @@ static void fill_info(const adapter_name *name, choir_adapter_info *out)
 
 /* Until the candidate is in memory or has failed. */
 static choir_status await(choir_adapters *pool, const choir_adapter_version *v,
-                          uint64_t deadline_ns)
+                          const choir_adapter_load *what)
 {
     bool goes_on = true;
     while (v->state != VERSION_RESIDENT && v->state != VERSION_FAILED) {
-        if (!goes_on || (deadline_ns != 0 && choir_clock_now() >= deadline_ns)) {
+        if (what->stopped != NULL && what->stopped(what->user))
+            return choir_fail(CHOIR_E_CANCELLED, "adapter %s: nobody waits for it any more",
+                              v->name);
+        if (!goes_on || (what->deadline_ns != 0 && choir_clock_now() >= what->deadline_ns)) {
             if (v->state == VERSION_REGISTERED)
                 return choir_fail(CHOIR_E_FULL,
                                   "adapter %s: there is no room, those in use take all that "
@@ -300,21 +309,32 @@ static choir_status await(choir_adapters *pool, const choir_adapter_version *v,
     return v->state == VERSION_RESIDENT ? CHOIR_OK : choir_fail(v->failure, "%s", v->why);
 }
 
-/* The candidate is in memory: it becomes the name's version, or what is there will do. */
+static bool same_files(const choir_adapter_version *a, const choir_adapter_version *b)
+{
+    return file_mark_same(&a->config, &b->config) && file_mark_same(&a->tensors, &b->tensors);
+}
+
+/* The candidate is in memory: it becomes the name's version, or what is there will do. The name may
+ * have got another one meanwhile, from here or from elsewhere. */
 static choir_status settle(choir_adapters *pool, const choir_adapter_load *what,
                            choir_adapter_version *v)
 {
     const adapter_name *name = name_find(pool, what->name);
     choir_adapter_version *now = name != NULL ? name->current : NULL;
     if (now == NULL) return make_current(pool, what, v);
-    if (now->number > v->number)
-        return CHOIR_OK; /* somebody has loaded it since, from newer files */
     bool here = same_place(now, what, &v->folder);
-    if (here && now->digest == v->digest && is_good(now) && now->state == VERSION_RESIDENT) {
-        set_kept(pool, now, what->keep);
-        return CHOIR_OK;
+    if (here && now->digest == v->digest && is_good(now)) {
+        if (now->state == VERSION_RESIDENT) {
+            set_kept(pool, now, what->keep);
+            return CHOIR_OK;
+        }
+        v->number = now->number; /* evicted, and back: nothing has changed */
+        v->n_poisoned = now->n_poisoned;
+        return make_current(pool, what, v);
     }
+    if (here && now->number > v->number && !same_files(now, v)) return files_changed(what->name);
     if (!here && !what->replace && now->digest != v->digest) return exists(what->name);
+    if (now->number > v->number) version_renumber(pool, v);
     return make_current(pool, what, v);
 }
 
@@ -332,8 +352,11 @@ static choir_status load_found(choir_adapters *pool, const choir_adapter_load *w
         return choir_fail(CHOIR_E_NO_MEMORY, "adapter %s: no memory to load it", what->name);
     snprintf(name, sizeof name, "adapter %s", what->name);
     /* The one that it may follow can go meanwhile: both together need not fit. */
-    uint64_t number = now != NULL && now->kept ? now->number : 0;
-    if (number != 0) set_kept(pool, now, false);
+    bool lets_go = now != NULL && now->kept;
+    if (lets_go) {
+        now->n_holds++;
+        set_kept(pool, now, false);
+    }
     choir_status status =
         pool_check_fits(pool, name, facts->bytes + version_overhead(v), pool->sums.kept);
     if (status == CHOIR_OK) {
@@ -341,16 +364,18 @@ static choir_status load_found(choir_adapters *pool, const choir_adapter_load *w
         v->candidate = true;
         pool->n_candidates++;
         pool_nudge(pool);
-        status = await(pool, v, what->deadline_ns);
+        status = await(pool, v, what);
         v->candidate = false;
         pool->n_candidates--;
         if (status == CHOIR_OK) status = settle(pool, what, v);
         if (status != CHOIR_OK) pool->n_bad_news++;
         claim_unlink(pool, &claim);
     }
-    known = name_find(pool, what->name);
-    if (status != CHOIR_OK && known != NULL && known->current->number == number)
-        set_kept(pool, known->current, true);
+    if (lets_go) {
+        now->n_holds--;
+        if (status != CHOIR_OK && now->of != NULL) set_kept(pool, now, true);
+        version_end_if_idle(pool, now);
+    }
     version_end_if_idle(pool, v);
     pool_nudge(pool);
     return status;

@@ -122,6 +122,7 @@ void version_evict(choir_adapters *pool, choir_adapter_version *v)
     pool->evicted = v;
     v->adapter = NULL;
     pool->held_bytes -= v->bytes;
+    pool->going_bytes += v->bytes;
     version_move(pool, v, VERSION_REGISTERED);
     pool->stats.n_evictions++;
     if (v->of != NULL) v->of->n_evictions++;
@@ -129,9 +130,12 @@ void version_evict(choir_adapters *pool, choir_adapter_version *v)
 
 void version_end_if_idle(choir_adapters *pool, choir_adapter_version *v)
 {
-    if (v->of != NULL || v->n_claims > 0 || v->state == VERSION_LOADING) return;
+    if (v->of != NULL || v->n_claims > 0 || v->n_holds > 0 || v->state == VERSION_LOADING) return;
     pool->n_in_state[v->state]--;
-    if (v->state == VERSION_RESIDENT) pool->held_bytes -= v->bytes;
+    if (v->state == VERSION_RESIDENT) {
+        pool->held_bytes -= v->bytes;
+        pool->going_bytes += v->bytes;
+    }
     pool->stats.n_quarantined -= v->quarantined;
     choir_adapter_version *last = pool->versions[--pool->n_versions];
     pool->versions[v->place] = last;

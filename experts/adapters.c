@@ -283,7 +283,7 @@ uint64_t choir_adapters_set_budget(choir_adapters *pool, uint64_t bytes)
         pool_shrink(pool);
         pool_nudge(pool);
     }
-    uint64_t held = pool->held_bytes;
+    uint64_t held = pool->held_bytes + pool->going_bytes;
     pthread_mutex_unlock(&pool->lock);
     return held;
 }
@@ -298,7 +298,7 @@ void choir_adapters_get_stats(choir_adapters *pool, choir_adapters_stats *out)
     out->n_failed = pool->n_in_state[VERSION_FAILED];
     out->budget_bytes = pool->options.budget_bytes;
     out->most_bytes = pool->options.most_bytes;
-    out->held_bytes = pool->held_bytes;
+    out->held_bytes = pool->held_bytes + pool->going_bytes;
     out->wanted_bytes =
         pool->sums.wanted + (pool->sums.n_absent > 0 ? MAX_LOADS * pool->most_overhead : 0);
     pthread_mutex_unlock(&pool->lock);

@@ -88,6 +88,8 @@ typedef struct choir_adapter_load {
     bool replace;     /* another path's weights may take the name over */
     bool keep;        /* never evicted */
     uint64_t deadline_ns; /* choir_clock_now() time; 0: none */
+    bool (*stopped)(void *user); /* NULL, or whether nobody waits any more: asked while it waits, under the pool's lock */
+    void *user;
 } choir_adapter_load;
 
 /* What a list shows of a name. */
@@ -173,7 +175,7 @@ typedef struct choir_adapters_stats {
     uint32_t n_names, n_resident, n_loading, n_failed, n_quarantined; /* versions, but for the first */
     uint32_t n_claims, n_pins;   /* pins: of claims; 0 when idle */
     uint64_t budget_bytes, most_bytes;
-    uint64_t held_bytes;         /* residents, and what loads have reserved */
+    uint64_t held_bytes;         /* residents, what loads have reserved, and what was evicted and is not freed yet */
     uint64_t wanted_bytes;       /* of those that are claimed or kept, with what loading the next takes */
     uint64_t n_requests, n_loads, n_evictions, n_failures, n_retries, n_poisoned; /* retries: of reads */
     uint64_t bytes_read, load_ns; /* load_ns: of all loads, from the first read to the last byte in place */

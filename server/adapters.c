@@ -99,8 +99,9 @@ static void fill_adapter(const choir_server_model *model, const choir_adapter_in
 
 /* A client that has left while its call stood in the queue wants nothing any more, and a server
  * that has stopped does not begin. */
-static bool is_over(choir_call *call)
+static bool is_over(void *user)
 {
+    choir_call *call = user;
     pthread_mutex_lock(&call->lock);
     bool over = call->cancelled || call->finishing;
     pthread_mutex_unlock(&call->lock);
@@ -131,6 +132,8 @@ static choir_status load(choir_call *call, const Choir__V1__LoadAdapterRequest *
         .keep = request->pin,
         .deadline_ns =
             call->deadline_ns != 0 && call->deadline_ns < latest ? call->deadline_ns : latest,
+        .stopped = is_over,
+        .user = call,
     };
     choir_adapter_info before, after;
     /* Loads are this thread's alone, so that another version is this call's doing. */

@@ -185,6 +185,62 @@ static void test_changes_under_the_reader(void **state)
     end_world(&w);
 }
 
+static void register_a(world *w)
+{
+    choir_adapter_load what = place(w, "a");
+    assert_int_equal(choir_adapters_register(w->pool, &what), CHOIR_OK);
+}
+
+static void register_other_a(world *w)
+{
+    toy_spec spec = spec_of(3);
+    toy_write(&w->folder, "a", &spec);
+    register_a(w);
+}
+
+/* While a load is under way, its name gets a version from the same files, or from yet others: the
+ * load's answer is true of what the name has then. */
+static void test_changes_under_a_load(void **state)
+{
+    (void)state;
+    world w;
+    choir_adapter_info info;
+    make_world(&w, 1024 * KB);
+    choir_log_set_level(CHOIR_LOG_ERROR);
+    add(&w, "a", 1);
+    toy_spec spec = spec_of(2);
+    toy_write(&w.folder, "a", &spec);
+    choir_adapter_load what = place(&w, "a");
+    what.keep = true;
+    before_making(register_a);
+    assert_int_equal(choir_adapters_load(w.pool, &what, &info), CHOIR_OK);
+    assert_true(info.resident && info.kept && info.digest == digest_of_seed(2));
+    uint64_t version = info.version;
+    assert_true(version > 3); /* registered twice, loaded once */
+    spec = spec_of(5);
+    toy_write(&w.folder, "a", &spec);
+    before_making(register_other_a);
+    assert_int_equal(choir_adapters_load(w.pool, &what, &info), CHOIR_E_PRECONDITION);
+    says("adapter a: its files have changed while it was loaded");
+    assert_true(info_of(&w, "a").version > version);
+    choir_adapter_claim *a = claim(&w, "a", 0);
+    work(&w);
+    assert_true(pin(&w, a));
+    assert_holds(a, 3);
+    release(&w, a);
+    /* A load that fails leaves its name's version as it was, also if that has other files now. */
+    what.path = what.name = "a";
+    what.beneath = true;
+    assert_int_equal(choir_adapters_load(w.pool, &what, &info), CHOIR_OK);
+    assert_true(info.kept && info.digest == digest_of_seed(3));
+    spec = (toy_spec){.seed = 6, .bytes = SIZE, .spoiled = true};
+    toy_write(&w.folder, "a", &spec);
+    assert_int_equal(choir_adapters_load(w.pool, &what, &info), CHOIR_E_PRECONDITION);
+    assert_true(info_of(&w, "a").kept && info_of(&w, "a").digest == digest_of_seed(3));
+    choir_log_set_level(CHOIR_LOG_INFO);
+    end_world(&w);
+}
+
 /* Unloaded and loaded again, other weights, while somebody waits: he gets what the name has now. */
 static void test_waiting_through_an_unload(void **state)
 {
@@ -402,6 +458,7 @@ int main(void)
         cmocka_unit_test(test_a_disk_that_takes_no_reads),
         cmocka_unit_test(test_changes),
         cmocka_unit_test(test_changes_under_the_reader),
+        cmocka_unit_test(test_changes_under_a_load),
         cmocka_unit_test(test_waiting_through_an_unload),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_folder_within_a_folder),

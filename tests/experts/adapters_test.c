@@ -311,6 +311,17 @@ static void test_load_again(void **state)
     assert_int_equal(again.digest, digest_of_seed(2));
     work(&w);
     assert_int_equal(w.maker.n_live, 1);
+    /* Evicted and loaded again: the same version is back. */
+    choir_adapters_set_budget(w.pool, 0);
+    work(&w);
+    assert_int_equal(w.maker.n_live, 0);
+    choir_adapters_set_budget(w.pool, 1024 * KB);
+    uint64_t version = again.version;
+    assert_int_equal(choir_adapters_load(w.pool, &what, &again), CHOIR_OK);
+    assert_true(again.resident && again.version == version);
+    assert_int_equal(again.digest, digest_of_seed(2));
+    work(&w);
+    assert_int_equal(w.maker.n_live, 1);
     /* What cannot be loaded leaves all as it was. */
     toy_spec spoiled = {.seed = 5, .bytes = SIZE, .spoiled = true};
     toy_write(&w.folder, "y", &spoiled);
@@ -318,6 +329,36 @@ static void test_load_again(void **state)
     says("NaN");
     assert_int_equal(info_of(&w, "a").digest, digest_of_seed(2));
     assert_true(info_of(&w, "a").resident);
+    end_world(&w);
+}
+
+static bool yes(void *calls)
+{
+    return ++*(int *)calls > 0;
+}
+
+/* Nobody waits for a load any more: it ends, and does not hold up those who are less urgent. */
+static void test_a_load_is_given_up(void **state)
+{
+    (void)state;
+    world w;
+    int calls = 0;
+    make_world(&w, 3 * SIZE);
+    add(&w, "a", 1);
+    choir_adapter_claim *a = claim(&w, "a", 0);
+    work(&w);
+    assert_true(pin(&w, a));
+    toy_spec spec = spec_of(2);
+    toy_write(&w.folder, "b", &spec);
+    choir_adapter_load what = place(&w, "b");
+    what.stopped = yes;
+    what.user = &calls;
+    assert_int_equal(choir_adapters_load(w.pool, &what, NULL), CHOIR_E_CANCELLED);
+    says("adapter b: nobody waits");
+    assert_int_equal(calls, 1);
+    release(&w, a);
+    choir_adapter_claim none = {0};
+    assert_int_equal(choir_adapters_claim(w.pool, "b", 0, &none, NULL), CHOIR_E_NOT_FOUND);
     end_world(&w);
 }
 
@@ -405,8 +446,10 @@ static void test_budget_moves(void **state)
         assert_true(pin(&w, c[i]));
     }
     release(&w, c[0]);
-    assert_int_equal(choir_adapters_set_budget(w.pool, SIZE), 2 * SIZE);
+    /* One has to go, and its bytes are there until the loader has freed it. */
+    assert_int_equal(choir_adapters_set_budget(w.pool, SIZE), 3 * SIZE);
     work(&w);
+    assert_int_equal(choir_adapters_set_budget(w.pool, SIZE), 2 * SIZE);
     assert_int_equal(w.maker.n_live, 2);
     choir_adapters_stats t;
     choir_adapters_get_stats(w.pool, &t);
@@ -474,13 +517,21 @@ static void test_options(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_names),        cmocka_unit_test(test_claim_and_pin),
-        cmocka_unit_test(test_lru_and_pins), cmocka_unit_test(test_a_thousand),
-        cmocka_unit_test(test_urgency),      cmocka_unit_test(test_mixes_do_not_lock_each_other),
-        cmocka_unit_test(test_too_large),    cmocka_unit_test(test_versions),
-        cmocka_unit_test(test_load_again),   cmocka_unit_test(test_kept),
-        cmocka_unit_test(test_quarantine),   cmocka_unit_test(test_budget_moves),
-        cmocka_unit_test(test_no_memory),    cmocka_unit_test(test_options),
+        cmocka_unit_test(test_names),
+        cmocka_unit_test(test_claim_and_pin),
+        cmocka_unit_test(test_lru_and_pins),
+        cmocka_unit_test(test_a_thousand),
+        cmocka_unit_test(test_urgency),
+        cmocka_unit_test(test_mixes_do_not_lock_each_other),
+        cmocka_unit_test(test_too_large),
+        cmocka_unit_test(test_versions),
+        cmocka_unit_test(test_load_again),
+        cmocka_unit_test(test_kept),
+        cmocka_unit_test(test_a_load_is_given_up),
+        cmocka_unit_test(test_quarantine),
+        cmocka_unit_test(test_budget_moves),
+        cmocka_unit_test(test_no_memory),
+        cmocka_unit_test(test_options),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -10,10 +10,28 @@ static uint64_t read_clock(void *user)
     return fake_now;
 }
 
+static world *made_in;
+static void (*act_first)(world *w);
+
+void before_making(void (*act)(world *w))
+{
+    act_first = act;
+}
+
+static choir_status make(void *maker, const choir_adapter_file *file, choir_adapter_made *made)
+{
+    void (*act)(world * w) = act_first;
+    act_first = NULL;
+    if (act != NULL) act(made_in);
+    return toy_make(maker, file, made);
+}
+
 void open_pool(world *w, uint64_t budget)
 {
     toy_disk_create(&w->disk, 1);
     choir_adapters_options o = toy_options(&w->maker, &w->disk, budget);
+    o.make = make;
+    made_in = w;
     o.folder = w->folder.path;
     assert_int_equal(choir_adapters_create(&o, &w->pool), CHOIR_OK);
 }

@@ -25,6 +25,8 @@ typedef struct world {
 
 /* Of the world's folder; make_world() has done it. */
 void open_pool(world *w, uint64_t budget);
+/* The next adapter's making does this first. */
+void before_making(void (*act)(world *w));
 void make_world(world *w, uint64_t budget);
 void assert_idle(const world *w);
 /* Everything was given back. */
