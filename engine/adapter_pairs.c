@@ -40,6 +40,9 @@ choir_status choir_adapter_note_pair(choir_adapter_reader *r, const choir_adapte
     const choir_adapter_tensor *a = p->a, *b = p->b;
     choir_adapter_raw_pair *to = &list->items[list->n];
     *to = (choir_adapter_raw_pair){
+        .role = place->role,
+        .layer = spot->layer,
+        .index = spot->index,
         .embedding = place->role == CHOIR_ROLE_EMBEDDING,
         .stacked = stacked,
         .n_experts = n,

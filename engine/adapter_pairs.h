@@ -12,6 +12,8 @@
  * columns e, e + n_experts, e + 2 n_experts … */
 typedef struct choir_adapter_raw_pair {
     const char *name; /* A's without its ending: "base_model.model.model.layers.0.mlp.up_proj" */
+    choir_role role;  /* of the base's matrix that it is of, or the first of those that the file fuses … */
+    uint32_t layer, index;
     bool embedding;   /* the endings are .lora_embedding_A and _B, else .lora_A.weight and .lora_B.weight */
     bool stacked;     /* of all experts at once, of one of their parameters */
     bool swapped;     /* a stack of square matrices whose A has the outputs and B the inputs */

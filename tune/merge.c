@@ -102,6 +102,41 @@ static choir_status list_modules(choir_tune_merge *m)
     return CHOIR_OK;
 }
 
+static int by_matrix(const void *a, const void *b)
+{
+    const choir_adapter_raw_pair *x = *(const choir_adapter_raw_pair *const *)a;
+    const choir_adapter_raw_pair *y = *(const choir_adapter_raw_pair *const *)b;
+    if (x->layer != y->layer) return x->layer < y->layer ? -1 : 1;
+    if (x->role != y->role) return x->role < y->role ? -1 : 1;
+    return x->index < y->index ? -1 : x->index > y->index;
+}
+
+/* transformers has called one matrix by several names, alone and fused with others: PEFT would pass
+ * over those that the model at hand does not have. */
+static choir_status check_names(const choir_tune_merge *m)
+{
+    size_t n = 0;
+    for (uint32_t i = 0; i < m->options->n_adapters; i++) n += m->pairs[i]->n;
+    const choir_adapter_raw_pair **all = choir_alloc(CHOIR_MEM_TUNE, n * sizeof *all);
+    if (all == NULL)
+        return choir_fail(CHOIR_E_NO_MEMORY, "no memory for a list of %zu matrices", n);
+    n = 0;
+    for (uint32_t i = 0; i < m->options->n_adapters; i++)
+        for (size_t k = 0; k < m->pairs[i]->n; k++) all[n++] = &m->pairs[i]->items[k];
+    qsort(all, n, sizeof *all, by_matrix);
+    choir_status status = CHOIR_OK;
+    for (size_t i = 1; i < n && status == CHOIR_OK; i++)
+        if (by_matrix(&all[i - 1], &all[i]) == 0 && all[i - 1]->stacked == all[i]->stacked &&
+            strcmp(all[i - 1]->name, all[i]->name) != 0)
+            status = choir_fail(CHOIR_E_INVALID,
+                                "'%s' and '%s' are one matrix of the base under two names, as "
+                                "other versions of its model have them: such adapters cannot be "
+                                "joined",
+                                all[i - 1]->name, all[i]->name);
+    choir_free(all);
+    return status;
+}
+
 /* One module, one meaning: all adapters that have it have the same matrix, and factors that are
  * added have one rank. */
 static choir_status check_module(const choir_tune_merge *m, choir_tune_merged *module)
@@ -182,6 +217,7 @@ static choir_status plan(choir_tune_merge *m)
     if (m->n_modules == 0)
         return choir_fail(CHOIR_E_INVALID,
                           "the adapters hold no pairs of LoRA, so there is nothing to merge");
+    CHOIR_TRY(check_names(m));
     for (size_t i = 0; i < m->n_modules; i++) CHOIR_TRY(check_module(m, &m->modules[i]));
     CHOIR_TRY(check_layouts(m));
     CHOIR_TRY(choose_rank(m));

@@ -633,6 +633,48 @@ static void kinds_that_are_no_sums(void **state)
     refused(o, CHOIR_E_FORMAT, "adapter_config.json");
 }
 
+/* One adapter of a matrix, under one of the names that it has had. */
+static void write_named(const char *name, const char *module, uint32_t rows, uint32_t cols)
+{
+    tensors t = {0};
+    char a[160], b[160];
+    float numbers[4 * 160] = {0};
+    must(choir_folder_make(in_folder(name)));
+    write_config(name, 2, "\"target_modules\": [\"q_proj\"]");
+    snprintf(a, sizeof a, "base_model.model.%s.lora_A.weight", module);
+    snprintf(b, sizeof b, "base_model.model.%s.lora_B.weight", module);
+    add_tensor(&t, a, 2, cols, numbers);
+    add_tensor(&t, b, rows, 2, numbers);
+    write_tensors(&t, in_folder(name), "adapter_model.safetensors");
+}
+
+static void matrices_with_two_names(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *base, *a, *b;
+        uint32_t rows_a, rows_b, cols;
+    } cases[] = {
+        {BASE, "model.layers.0.self_attn.v_proj", "model.language_model.layers.0.self_attn.v_proj",
+         32, 32, 64},
+        {MOE, "model.layers.1.block_sparse_moe.gate", "model.layers.1.mlp.gate", 8, 8, 64},
+    };
+    choir_merge_result made;
+    use_fixtures("ab");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        write_named("one-name", cases[i].a, cases[i].rows_a, cases[i].cols);
+        write_named("other-name", cases[i].b, cases[i].rows_b, cases[i].cols);
+        adapters[0].folder = in_folder("one-name");
+        adapters[1].folder = in_folder("other-name");
+        choir_merge_options o = options(cases[i].base, in_folder("of-two-names"), 2);
+        refused(o, CHOIR_E_INVALID, "are one matrix of the base under two names");
+        refused(o, CHOIR_E_INVALID, cases[i].b);
+        adapters[1].folder = in_folder("one-name");
+        o = options(cases[i].base, in_folder(i == 0 ? "of-one-name" : "of-one-name-more"), 2);
+        must(choir_merge(&o, &made));
+    }
+}
+
 static void numbers_that_are_none(void **state)
 {
     (void)state;
@@ -719,6 +761,7 @@ int main(void)
         cmocka_unit_test(bad_options),
         cmocka_unit_test(adapters_that_cannot_be_joined),
         cmocka_unit_test(kinds_that_are_no_sums),
+        cmocka_unit_test(matrices_with_two_names),
         cmocka_unit_test(numbers_that_are_none),
         cmocka_unit_test(interrupted),
         cmocka_unit_test(memory_that_runs_out),
