@@ -125,6 +125,12 @@ static const adapted *change_of(const adapter_run *run, uint32_t use, const adap
                                           : NULL;
 }
 
+static void find_changes(const adapter_run *run, const adapt_target *t,
+                         const adapted *changes[CHOIR_MAX_MIX])
+{
+    for (uint32_t u = 0; u < run->n_uses; u++) changes[u] = change_of(run, u, t);
+}
+
 static float *low_rank_of(const step *s, const adapt_target *t, const adapter_run *run,
                           uint32_t use, size_t at)
 {
@@ -219,11 +225,11 @@ typedef struct scales {
     uint32_t n;
 } scales;
 
-static scales scales_of(const adapter_run *run, const adapt_target *t, bool inputs)
+static scales scales_of(const adapter_run *run, const adapted *const *changes, bool inputs)
 {
     scales found = {.n = 0};
     for (uint32_t u = 0; u < run->n_uses; u++) {
-        const adapted *c = change_of(run, u, t);
+        const adapted *c = changes[u];
         const float *scale = c == NULL ? NULL : inputs ? c->in_scale : c->scale;
         if (scale == NULL) continue;
         found.of[found.n] = scale;
@@ -252,7 +258,9 @@ void choir_adapt_scale_inputs(choir_engine *e, const adapt_target *t, float *x, 
     size_t i = first_row, first;
     if ((s->in_scale_roles >> t->role & 1) == 0) return;
     for (const adapter_run *run; (run = next_rows(s, t, &i, last_row, &first)) != NULL;) {
-        scales found = scales_of(run, t, true);
+        const adapted *changes[CHOIR_MAX_MIX];
+        find_changes(run, t, changes);
+        scales found = scales_of(run, changes, true);
         for (size_t at = first; found.n > 0 && at < i; at++)
             apply_scales(&found, x + at * ldx, begin, end);
     }
@@ -267,17 +275,19 @@ static void expand_run(choir_engine *e, const adapter_run *run, const adapt_targ
 {
     step *s = &e->step;
     uint32_t n = (uint32_t)(last - first);
-    const adapted *sole = run->n_uses == 1 ? change_of(run, 0, t) : NULL;
+    const adapted *changes[CHOIR_MAX_MIX];
+    find_changes(run, t, changes);
+    const adapted *sole = run->n_uses == 1 ? changes[0] : NULL;
     if (sole != NULL && sole->weight.rows > 0) {
         const choir_acts acts = {in.x + first * in.ldx, NULL, n, sole->weight.cols};
         CHOIR_ASSERT(in.ldx == sole->weight.cols);
         e->kernels->matmul(&sole->weight, &acts, y + first * ldy, ldy, begin, end);
     }
-    scales found = scales_of(run, t, false);
+    scales found = scales_of(run, changes, false);
     for (size_t at = first; found.n > 0 && at < last; at++)
         apply_scales(&found, y + at * ldy, begin, end);
     for (uint32_t u = 0; u < run->n_uses; u++) {
-        const adapted *c = change_of(run, u, t);
+        const adapted *c = changes[u];
         if (c == NULL) continue;
         if (c->b.rank > 0)
             e->kernels->expand(&c->b, low_rank_of(s, t, run, u, first), s->n_ranks, n,

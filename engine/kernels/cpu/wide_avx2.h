@@ -15,6 +15,8 @@ typedef struct wide {
     __m256 a, b; /* lanes 0..7, 8..15 */
 } wide;
 
+enum { FACTOR_SUMS = 4 }; /* two of 16 registers each */
+
 typedef struct wide_double {
     __m256d part[4];
 } wide_double;

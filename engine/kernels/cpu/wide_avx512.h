@@ -14,6 +14,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef __m512 wide;
+enum { FACTOR_SUMS = 16 }; /* of 32 registers */
 
 typedef struct wide_double {
     __m512d low, high; /* lanes 0..7, 8..15 */

@@ -20,7 +20,8 @@ INLINE wide load_factor(const choir_factor *f, size_t at, choir_factor_type type
     }
 }
 
-enum { FACTOR_TILE = 4 }; /* ranks of a row, or rows of a rank, that are summed at once */
+/* Sums that a tile keeps in registers, a `wide` each: FACTOR_SUMS of the level. */
+enum { FACTOR_ROWS = 4 };
 
 /* sums[j * n_rows + i] += A[r + j] x[i] over all columns */
 INLINE void shrink_tile(const choir_factor *a, choir_factor_type type, uint32_t r, int n_ranks,
@@ -46,32 +47,38 @@ INLINE void shrink_tile(const choir_factor *a, choir_factor_type type, uint32_t 
     }
 }
 
-INLINE void shrink_ranks(const choir_factor *a, choir_factor_type type, const float *x, size_t ldx,
-                         int n_rows, float *t, size_t ldt)
+/* From rank r on, n_ranks at once while there are so many; returns the rank that is left. */
+INLINE uint32_t shrink_ranks(const choir_factor *a, choir_factor_type type, uint32_t r, int n_ranks,
+                             const float *x, size_t ldx, int n_rows, float *t, size_t ldt)
 {
-    wide sums[FACTOR_TILE];
-    int at_once = FACTOR_TILE / n_rows;
-    uint32_t r = 0;
-    for (; r + (uint32_t)at_once <= a->rank; r += (uint32_t)at_once) {
-        shrink_tile(a, type, r, at_once, x, ldx, n_rows, sums);
-        for (int j = 0; j < at_once; j++)
+    wide sums[FACTOR_SUMS];
+    for (; r + (uint32_t)n_ranks <= a->rank; r += (uint32_t)n_ranks) {
+        shrink_tile(a, type, r, n_ranks, x, ldx, n_rows, sums);
+        for (int j = 0; j < n_ranks; j++)
             for (int i = 0; i < n_rows; i++)
                 t[(size_t)i * ldt + r + (uint32_t)j] =
                     w_fold(sums[j * n_rows + i]) * choir_factor_scale(a, r + (uint32_t)j);
     }
-    for (; r < a->rank; r++) {
-        shrink_tile(a, type, r, 1, x, ldx, n_rows, sums);
-        for (int i = 0; i < n_rows; i++)
-            t[(size_t)i * ldt + r] = w_fold(sums[i]) * choir_factor_scale(a, r);
-    }
+    return r;
+}
+
+INLINE void shrink_rows(const choir_factor *a, choir_factor_type type, const float *x, size_t ldx,
+                        int n_rows, float *t, size_t ldt)
+{
+    uint32_t r = 0;
+    if (n_rows == 1) r = shrink_ranks(a, type, r, FACTOR_SUMS > 4 ? 8 : 4, x, ldx, 1, t, ldt);
+    if (n_rows > 1) r = shrink_ranks(a, type, r, FACTOR_SUMS / n_rows, x, ldx, n_rows, t, ldt);
+    shrink_ranks(a, type, r, 1, x, ldx, n_rows, t, ldt);
 }
 
 INLINE void shrink_type(const choir_factor *a, choir_factor_type type, const float *x, size_t ldx,
                         uint32_t n_rows, float *t, size_t ldt)
 {
     uint32_t i = 0;
-    for (; i + 2 <= n_rows; i += 2) shrink_ranks(a, type, x + i * ldx, ldx, 2, t + i * ldt, ldt);
-    if (i < n_rows) shrink_ranks(a, type, x + i * ldx, ldx, 1, t + i * ldt, ldt);
+    for (; FACTOR_SUMS > 4 && i + FACTOR_ROWS <= n_rows; i += FACTOR_ROWS)
+        shrink_rows(a, type, x + i * ldx, ldx, FACTOR_ROWS, t + i * ldt, ldt);
+    for (; i + 2 <= n_rows; i += 2) shrink_rows(a, type, x + i * ldx, ldx, 2, t + i * ldt, ldt);
+    if (i < n_rows) shrink_rows(a, type, x + i * ldx, ldx, 1, t + i * ldt, ldt);
 }
 
 static void shrink(const choir_factor *a, const float *x, size_t ldx, uint32_t n_rows, float *t,
@@ -91,12 +98,12 @@ static void shrink(const choir_factor *a, const float *x, size_t ldx, uint32_t n
 INLINE void expand_tile(const choir_factor *b, choir_factor_type type, uint32_t c, int n_wides,
                         const float *t, size_t ldt, int n_rows, float *y, size_t ldy)
 {
-    wide sums[FACTOR_TILE];
+    wide sums[FACTOR_SUMS];
     for (int i = 0; i < n_rows; i++)
         for (int j = 0; j < n_wides; j++)
             sums[i * n_wides + j] = w_load(y + (size_t)i * ldy + c + j * LANES);
     for (uint32_t r = 0; r < b->rank; r++) {
-        wide w[FACTOR_TILE];
+        wide w[FACTOR_SUMS];
         for (int j = 0; j < n_wides; j++)
             w[j] = load_factor(b, (size_t)r * b->stride + c + (uint32_t)j * LANES, type);
         for (int i = 0; i < n_rows; i++) {
@@ -123,18 +130,26 @@ INLINE void expand_tail(const choir_factor *b, choir_factor_type type, uint32_t 
     }
 }
 
+/* n_wides * 16 columns from c on, of all rows. */
+INLINE void expand_rows(const choir_factor *b, choir_factor_type type, uint32_t c, int n_wides,
+                        const float *t, size_t ldt, uint32_t n_rows, float *y, size_t ldy)
+{
+    uint32_t i = 0;
+    for (; i + FACTOR_ROWS <= n_rows; i += FACTOR_ROWS)
+        expand_tile(b, type, c, n_wides, t + i * ldt, ldt, FACTOR_ROWS, y + i * ldy, ldy);
+    for (; i < n_rows; i++) expand_tile(b, type, c, n_wides, t + i * ldt, ldt, 1, y + i * ldy, ldy);
+}
+
 INLINE void expand_type(const choir_factor *b, choir_factor_type type, const float *t, size_t ldt,
                         uint32_t n_rows, float *y, size_t ldy, uint32_t begin, uint32_t end)
 {
     uint32_t c = begin;
-    for (; c + 4 * LANES <= end && n_rows == 1; c += 4 * LANES)
-        expand_tile(b, type, c, 4, t, ldt, 1, y, ldy);
-    for (; c + LANES <= end; c += LANES) {
-        uint32_t i = 0;
-        for (; i + 4 <= n_rows; i += 4)
-            expand_tile(b, type, c, 1, t + i * ldt, ldt, 4, y + i * ldy, ldy);
-        for (; i < n_rows; i++) expand_tile(b, type, c, 1, t + i * ldt, ldt, 1, y + i * ldy, ldy);
-    }
+    if (n_rows == 1)
+        for (; c + 4 * LANES <= end; c += 4 * LANES) expand_tile(b, type, c, 4, t, ldt, 1, y, ldy);
+    else
+        for (; c + FACTOR_SUMS / FACTOR_ROWS * LANES <= end; c += FACTOR_SUMS / FACTOR_ROWS * LANES)
+            expand_rows(b, type, c, FACTOR_SUMS / FACTOR_ROWS, t, ldt, n_rows, y, ldy);
+    for (; c + LANES <= end; c += LANES) expand_rows(b, type, c, 1, t, ldt, n_rows, y, ldy);
     if (c < end) expand_tail(b, type, c, end - c, t, ldt, n_rows, y, ldy);
 }
 
