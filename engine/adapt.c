@@ -323,12 +323,12 @@ void choir_adapt_row(choir_engine *e, const adapt_target *t, uint32_t at, activa
 void choir_adapt_fetch_begin(choir_engine *e, uint32_t worker)
 {
     const choir_range *ranges = e->step.fetch_ranges + (size_t)worker * MAX_FETCHED;
-    e->step.fetch[worker] = (choir_fetch){.ranges = ranges, .last = ranges};
+    e->step.fetch[worker].of = (choir_fetch){.ranges = ranges, .last = ranges};
 }
 
 static void add_range(step *s, uint32_t worker, const char *begin, const char *end)
 {
-    choir_fetch *f = &s->fetch[worker];
+    choir_fetch *f = &s->fetch[worker].of;
     choir_range *base = s->fetch_ranges + (size_t)worker * MAX_FETCHED;
     if (f->last == base + MAX_FETCHED) return;
     const char *at = (const char *)((uintptr_t)begin & ~(uintptr_t)(CACHE_LINE - 1));

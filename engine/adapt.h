@@ -66,6 +66,12 @@ typedef struct adapt_target {
     size_t first; /* of the buffer's rows: activations' row i has row first + i */
 } adapt_target;
 
+/* A line of its own: each tile of a product writes it. */
+typedef union worker_fetch {
+    choir_fetch of;
+    char line[64];
+} worker_fetch;
+
 typedef struct activations {
     const float *x;
     size_t ldx;

@@ -105,7 +105,7 @@ typedef struct step {
     /* Adapters: the rows' runs; A z of each row, [ADAPT_BUFFERS, low_rank_floats], a row's n_ranks long. */
     uint32_t *order;          /* [max_spans] spans as their rows lie: those of one adapter together */
     adapter_run *runs;        /* [max_spans] */
-    choir_fetch *fetch;       /* [n_threads]: what each fetches beside its products */
+    worker_fetch *fetch;      /* [n_threads]: what each fetches beside its products */
     choir_range *fetch_ranges; /* [n_threads, MAX_FETCHED] */
     uint32_t *run_of;         /* [R]; NO_RUN: the base alone */
     uint32_t n_runs, n_ranks;
@@ -239,7 +239,7 @@ typedef struct residual_product {
 static inline choir_acts choir_acts_fetching(const choir_engine *e, const choir_acts *acts, uint32_t worker)
 {
     choir_acts own = *acts;
-    if (e->step.n_runs > 0) own.fetch = &e->step.fetch[worker];
+    if (e->step.n_runs > 0) own.fetch = &e->step.fetch[worker].of;
     return own;
 }
 void choir_multiply_into_residual(choir_engine *engine, const residual_product *product, uint32_t worker,
