@@ -176,7 +176,7 @@ void choir_engine_set_kv_pages(choir_engine *e, uint32_t n)
 
 void choir_engine_reserve_adapter_bytes(choir_engine *e, uint64_t bytes)
 {
-    CHOIR_ASSERT(bytes < e->adapter_floor);
+    CHOIR_ASSERT(bytes <= e->adapter_floor);
     e->adapter_floor -= bytes;
     e->adapter_most -= bytes;
     if (e->shared_bytes == 0) return;

@@ -4,7 +4,10 @@
  * is claimed is taken from cold experts, as fast as these let go of it. */
 #include "scheduler/state.h"
 
-enum { PATIENCE = 64 }; /* ticks that pages are idle before they go back */
+enum {
+    PATIENCE = 64, /* ticks that pages are idle before they go back */
+    DRAINING = 16, /* and more, in which the loader frees what was evicted */
+};
 
 static uint32_t with_margin(const choir_scheduler *s, uint32_t pages)
 {
@@ -55,6 +58,9 @@ static void share_with_adapters(choir_scheduler *s)
                 choir_adapters_set_budget(s->engine.adapters, wanted) <= wanted;
     if (wanted > asked || less) asked = wanted;
     if (asked == s->adapter_bytes && t.budget_bytes >= asked) return;
+    if (asked == s->adapter_bytes && s->n_spare_ticks >= PATIENCE &&
+        s->n_spare_ticks < PATIENCE + DRAINING)
+        return;
     s->adapter_bytes = asked;
     s->n_spare_ticks = 0;
     uint64_t granted = s->engine.set_adapter_bytes(s->engine.engine, asked);
