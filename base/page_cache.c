@@ -55,19 +55,19 @@ static uint32_t find(const choir_page_cache *c, size_t bytes)
     return c->n;
 }
 
-void *choir_page_cache_take(choir_page_cache *c, size_t bytes)
+void *choir_page_cache_take(choir_page_cache *c, choir_memory_tag tag, size_t bytes)
 {
     size_t size = choir_pages_bytes(bytes);
-    uint32_t at = find(c, size);
-    return at < c->n ? remove_at(c, at).p : choir_alloc_pages(c->tag, size);
+    uint32_t at = c != NULL ? find(c, size) : 0;
+    return c != NULL && at < c->n ? remove_at(c, at).p : choir_alloc_pages(tag, size);
 }
 
-void choir_page_cache_give(choir_page_cache *c, void *p, size_t bytes)
+void choir_page_cache_give(choir_page_cache *c, choir_memory_tag tag, void *p, size_t bytes)
 {
     size_t size = choir_pages_bytes(bytes);
     if (p == NULL) return;
-    if (size > c->limit) {
-        choir_free_pages(c->tag, p, size);
+    if (c == NULL || size > c->limit) {
+        choir_free_pages(tag, p, size);
         return;
     }
     while (c->n == MAX_KEPT || c->kept_bytes + size > c->limit) drop_oldest(c);

@@ -8,7 +8,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { MIN_RANKS = 64, MAX_FETCHED_RANK = 16, CACHE_LINE = 64 };
+enum { MIN_RANKS = 64, MAX_FETCHED_RANK = 16 };
 
 /* -- laying out -- */
 
@@ -331,7 +331,7 @@ static void add_range(step *s, uint32_t worker, const char *begin, const char *e
     choir_fetch *f = &s->fetch[worker].of;
     choir_range *base = s->fetch_ranges + (size_t)worker * MAX_FETCHED;
     if (f->last == base + MAX_FETCHED) return;
-    const char *at = (const char *)((uintptr_t)begin & ~(uintptr_t)(CACHE_LINE - 1));
+    const char *at = (const char *)((uintptr_t)begin & ~(uintptr_t)(CHOIR_CACHE_LINE - 1));
     base[f->last - base] = (choir_range){at, (size_t)(end - at)};
     f->last++;
 }

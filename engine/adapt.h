@@ -69,7 +69,7 @@ typedef struct adapt_target {
 /* A line of its own: each tile of a product writes it. */
 typedef union worker_fetch {
     choir_fetch of;
-    char line[64];
+    char line[CHOIR_CACHE_LINE];
 } worker_fetch;
 
 typedef struct activations {

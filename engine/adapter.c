@@ -457,8 +457,7 @@ choir_status choir_adapter_make(const choir_engine *e, const choir_adapter_data 
     maker m = maker_of(e, type, a);
     CHOIR_TRY_TO(fail, status, make_all(&m, data));
     a->pages = pages;
-    a->memory = pages != NULL ? choir_page_cache_take(pages, m.at)
-                              : choir_alloc_pages(CHOIR_MEM_ADAPTERS, m.at);
+    a->memory = choir_page_cache_take(pages, CHOIR_MEM_ADAPTERS, m.at);
     if (a->memory == NULL) {
         status = choir_fail(CHOIR_E_NO_MEMORY, "no memory for an adapter of %zu bytes", m.at);
         goto fail;
@@ -476,10 +475,7 @@ fail:
 void choir_adapter_free(choir_adapter *adapter)
 {
     if (adapter == NULL) return;
-    if (adapter->pages != NULL)
-        choir_page_cache_give(adapter->pages, adapter->memory, adapter->bytes);
-    else
-        choir_free_pages(CHOIR_MEM_ADAPTERS, adapter->memory, adapter->bytes);
+    choir_page_cache_give(adapter->pages, CHOIR_MEM_ADAPTERS, adapter->memory, adapter->bytes);
     choir_free(adapter);
 }
 

@@ -2,8 +2,8 @@
  * OWNS    A list: its compiled expressions, until free.
  * THREADS One.
  * ERRORS  CHOIR_E_FORMAT (no number, no expression), CHOIR_E_INVALID (a match takes too long).
- * LIMITS  The steps of a match are bounded, and of all matches of a list: an adapter's file is
- * hostile. NEXT    engine/adapter_lora.c */
+ * LIMITS  The steps of a match, and of all matches of a list, are bounded: a file is hostile.
+ * NEXT    engine/adapter_lora.c */
 #pragma once
 #include "engine/adapter_read.h"
 

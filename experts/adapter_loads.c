@@ -43,30 +43,15 @@ static void call_wake(choir_adapters *pool)
     pthread_mutex_unlock(&pool->wake_lock);
 }
 
-static void *take_buffer(choir_adapters *pool, size_t bytes)
-{
-    choir_page_cache *pages = pool->options.pages;
-    return pages != NULL ? choir_page_cache_take(pages, bytes)
-                         : choir_alloc_pages(CHOIR_MEM_ADAPTERS, bytes);
-}
-
-static void give_buffer(choir_adapters *pool, adapter_load *load)
-{
-    if (pool->options.pages != NULL)
-        choir_page_cache_give(pool->options.pages, load->data, load->room);
-    else
-        choir_free_pages(CHOIR_MEM_ADAPTERS, load->data, load->room);
-    load->data = NULL;
-    load->room = 0;
-}
-
 static void close_load(choir_adapters *pool, adapter_load *load)
 {
     files_close(&load->files);
     choir_free(load->config);
     load->config = NULL;
     load->ready = false;
-    give_buffer(pool, load);
+    choir_page_cache_give(pool->options.pages, CHOIR_MEM_ADAPTERS, load->data, load->room);
+    load->data = NULL;
+    load->room = 0;
 }
 
 /* Hands the load's end over: the adapter, or why there is none. */
@@ -115,8 +100,7 @@ static void load_anew(choir_adapters *pool, adapter_load *load)
     bool candidate = v->candidate;
     pthread_mutex_unlock(&pool->lock);
     choir_status status =
-        candidate ? files_changed(v->name)
-                  : adapter_examine(pool, &what, &files, &facts);
+        candidate ? files_changed(v->name) : adapter_examine(pool, &what, &files, &facts);
     if (status != CHOIR_OK) {
         load_end(pool, load, status, NULL);
         return;
@@ -144,7 +128,7 @@ static choir_status open_load(choir_adapters *pool, adapter_load *load, bool *ot
     size_t need = choir_round_up(v->tensors.bytes, CHOIR_DISK_PAGE);
     if (need == 0)
         return choir_fail(CHOIR_E_PRECONDITION, "adapter %s: its tensors' file is empty", v->name);
-    load->data = take_buffer(pool, need);
+    load->data = choir_page_cache_take(pool->options.pages, CHOIR_MEM_ADAPTERS, need);
     if (load->data == NULL)
         return choir_fail(CHOIR_E_NO_MEMORY, "adapter %s: no memory to read it into", v->name);
     load->room = need;

@@ -57,10 +57,8 @@ static void share_with_adapters(choir_scheduler *s)
     bool less = wanted < asked && ++s->n_spare_ticks >= PATIENCE &&
                 choir_adapters_set_budget(s->engine.adapters, wanted) <= wanted;
     if (wanted > asked || less) asked = wanted;
-    if (asked == s->adapter_bytes && t.budget_bytes >= asked) return;
-    if (asked == s->adapter_bytes && s->n_spare_ticks >= PATIENCE &&
-        s->n_spare_ticks < PATIENCE + DRAINING)
-        return;
+    bool drains = s->n_spare_ticks >= PATIENCE && s->n_spare_ticks < PATIENCE + DRAINING;
+    if (asked == s->adapter_bytes && (t.budget_bytes >= asked || drains)) return;
     s->adapter_bytes = asked;
     s->n_spare_ticks = 0;
     uint64_t granted = s->engine.set_adapter_bytes(s->engine.engine, asked);

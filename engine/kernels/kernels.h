@@ -115,6 +115,7 @@ typedef struct choir_acts {
 
 /* Memory that will be wanted soon: a product of codes, which computes more than it reads, fetches some lines of it
  * with each block. */
+enum { CHOIR_CACHE_LINE = 64 };
 typedef struct choir_range {
     const char *at;
     size_t bytes;

@@ -17,20 +17,21 @@ static void test_pages_come_back_as_they_were_given(void **state)
     size_t before = held();
     choir_page_cache *c = choir_page_cache_create(CHOIR_MEM_ADAPTERS, 10 * PAGE);
     assert_non_null(c);
-    uint8_t *a = choir_page_cache_take(c, 3 * PAGE - 5), *b = choir_page_cache_take(c, PAGE);
+    uint8_t *a = choir_page_cache_take(c, CHOIR_MEM_ADAPTERS, 3 * PAGE - 5),
+            *b = choir_page_cache_take(c, CHOIR_MEM_ADAPTERS, PAGE);
     assert_true(a != NULL && b != NULL);
     memset(a, 7, 3 * PAGE);
-    choir_page_cache_give(c, a, 3 * PAGE - 5);
-    choir_page_cache_give(c, b, PAGE);
-    choir_page_cache_give(c, NULL, PAGE);
+    choir_page_cache_give(c, CHOIR_MEM_ADAPTERS, a, 3 * PAGE - 5);
+    choir_page_cache_give(c, CHOIR_MEM_ADAPTERS, b, PAGE);
+    choir_page_cache_give(c, CHOIR_MEM_ADAPTERS, NULL, PAGE);
     /* Of the same pages, whatever the bytes. */
-    assert_ptr_equal(choir_page_cache_take(c, 3 * PAGE), a);
+    assert_ptr_equal(choir_page_cache_take(c, CHOIR_MEM_ADAPTERS, 3 * PAGE), a);
     assert_true(a[0] == 7 && a[3 * PAGE - 1] == 7);
     /* Another size is another block. */
-    uint8_t *other = choir_page_cache_take(c, 2 * PAGE);
+    uint8_t *other = choir_page_cache_take(c, CHOIR_MEM_ADAPTERS, 2 * PAGE);
     assert_true(other != NULL && other != b);
-    choir_page_cache_give(c, other, 2 * PAGE);
-    choir_page_cache_give(c, a, 3 * PAGE);
+    choir_page_cache_give(c, CHOIR_MEM_ADAPTERS, other, 2 * PAGE);
+    choir_page_cache_give(c, CHOIR_MEM_ADAPTERS, a, 3 * PAGE);
     choir_page_cache_destroy(c);
     assert_int_equal(held(), before);
     choir_page_cache_destroy(NULL);
@@ -43,25 +44,27 @@ static void test_no_more_than_the_limit_is_kept(void **state)
     assert_non_null(c);
     size_t empty = held();
     uint8_t *p[3];
-    for (int i = 0; i < 3; i++) p[i] = choir_page_cache_take(c, (size_t)(i + 1) * PAGE);
+    for (int i = 0; i < 3; i++)
+        p[i] = choir_page_cache_take(c, CHOIR_MEM_ADAPTERS, (size_t)(i + 1) * PAGE);
     for (int i = 0; i < 3; i++) {
         assert_non_null(p[i]);
         p[i][0] = (uint8_t)i;
-        choir_page_cache_give(c, p[i], (size_t)(i + 1) * PAGE);
+        choir_page_cache_give(c, CHOIR_MEM_ADAPTERS, p[i], (size_t)(i + 1) * PAGE);
         assert_true(held() - empty <= 4 * PAGE + (size_t)(2 - i) * 3 * PAGE);
     }
     assert_int_equal(held() - empty, 3 * PAGE); /* the two older ones went */
-    uint8_t *large = choir_page_cache_take(c, 5 * PAGE);
+    uint8_t *large = choir_page_cache_take(c, CHOIR_MEM_ADAPTERS, 5 * PAGE);
     assert_non_null(large);
-    choir_page_cache_give(c, large, 5 * PAGE);
+    choir_page_cache_give(c, CHOIR_MEM_ADAPTERS, large, 5 * PAGE);
     assert_int_equal(held() - empty, 3 * PAGE);
-    assert_ptr_equal(choir_page_cache_take(c, 3 * PAGE), p[2]);
-    choir_page_cache_give(c, p[2], 3 * PAGE);
+    assert_ptr_equal(choir_page_cache_take(c, CHOIR_MEM_ADAPTERS, 3 * PAGE), p[2]);
+    choir_page_cache_give(c, CHOIR_MEM_ADAPTERS, p[2], 3 * PAGE);
     /* Many small ones. */
     for (int i = 0; i < 2; i++) {
         uint8_t *many[100];
-        for (int k = 0; k < 100; k++) assert_non_null(many[k] = choir_page_cache_take(c, PAGE));
-        for (int k = 0; k < 100; k++) choir_page_cache_give(c, many[k], PAGE);
+        for (int k = 0; k < 100; k++)
+            assert_non_null(many[k] = choir_page_cache_take(c, CHOIR_MEM_ADAPTERS, PAGE));
+        for (int k = 0; k < 100; k++) choir_page_cache_give(c, CHOIR_MEM_ADAPTERS, many[k], PAGE);
         assert_int_equal(held() - empty, 4 * PAGE);
     }
     choir_page_cache_destroy(c);
@@ -75,7 +78,7 @@ static void test_no_memory_is_told(void **state)
     choir_page_cache *c = choir_page_cache_create(CHOIR_MEM_ADAPTERS, PAGE);
     assert_non_null(c);
     choir_memory_fail_at(1);
-    assert_null(choir_page_cache_take(c, PAGE));
+    assert_null(choir_page_cache_take(c, CHOIR_MEM_ADAPTERS, PAGE));
     choir_memory_fail_at(0);
     choir_page_cache_destroy(c);
 }

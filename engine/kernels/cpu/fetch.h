@@ -7,7 +7,7 @@
 #pragma once
 #include "engine/kernels/kernels.h"
 
-enum { FETCHED_LINES = 4, LINE_BYTES = 64 };
+enum { FETCHED_LINES = 4 };
 
 /* A tile's own copy, which stays in registers. */
 static inline choir_fetch begin_fetch(const choir_fetch *of)
@@ -25,7 +25,7 @@ static inline void fetch_lines(choir_fetch *f)
             f->ranges++;
         }
         __builtin_prefetch(f->at, 0, 2);
-        f->at += LINE_BYTES;
+        f->at += CHOIR_CACHE_LINE;
     }
 }
 
