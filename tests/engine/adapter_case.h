@@ -161,7 +161,7 @@ static void add_lora(adapter_image *image, const char *name, uint64_t rank, uint
     image_add(image, text, out, rank, 0);
 }
 
-static void same_numbers(const float *values, size_t n, size_t number, size_t first)
+static inline void same_numbers(const float *values, size_t n, size_t number, size_t first)
 {
     for (size_t i = 0; i < n; i++)
         if (values[i] != image_value(number, first + i))
