@@ -16,7 +16,8 @@ static size_t kv_offset(const choir_model_config *c, uint32_t part, uint32_t hea
 
 static uint8_t *kv_of(choir_engine *e, uint32_t l, uint32_t page)
 {
-    return e->kv + page * e->page_bytes + l * e->layer_kv_bytes;
+    const kv_view *kv = &e->step.kv;
+    return kv->base + page * kv->page_bytes + l * kv->layer_bytes;
 }
 
 static uint32_t window_of(const choir_engine *e, uint32_t l)
@@ -191,7 +192,7 @@ static void attend(choir_engine *e, uint32_t l, const attention_item *item, uint
         .sinks = e->layers[l].sinks,
         .pages = s->spans[item->span].pages,
         .kv = kv_of(e, l, 0),
-        .page_stride = e->page_bytes,
+        .page_stride = e->step.kv.page_bytes,
         .scratch = s->attention_scratch[worker],
     });
 }

@@ -3,7 +3,7 @@
  * THREADS One engine thread calls step() and the KV calls; config and tokenizer: any thread.
  * ERRORS  A step fails as a whole only for bugs; a span whose logits are NaN or Inf fails alone
  *         (span->status CHOIR_E_DATA_LOSS), as does one whose expert cannot be read; CHOIR_E_UNAVAILABLE:
- *         the disk keeps its expert waiting, the same span may be given again.
+ *         the disk keeps its expert waiting, the same span may be given again. A probe is one span.
  * LIMITS  step() allocates nothing once warm. The caller owns page numbers: who holds which page is the
  *         scheduler's matter.
  * NEXT    engine/token_path.c: the path of a token, read aloud; scheduler/scheduler.h above. */
@@ -135,6 +135,21 @@ choir_status choir_engine_step(choir_engine *engine, choir_span *spans, uint32_t
 /* Why a span of a step has failed, as a sentence; returns its status. */
 choir_status choir_span_failure(const choir_span *span);
 uint64_t choir_engine_n_steps(const choir_engine *engine); /* for the watchdog; any thread */
+
+/* How a prompt looks to the model alone early in the network, below what its adapters change: features for
+ * whoever chooses them. Its tokens go through the embedding and the first blocks, attention and FFN being one
+ * each, with keys and values of their own: no KV page is touched. Engine thread, between steps; as a step, it
+ * allocates nothing, and its bits depend on nothing but the tokens. */
+enum { CHOIR_PROBE_TOKENS = 512 };
+typedef struct choir_probe {
+    const uint32_t *tokens; /* of a prompt beyond CHOIR_PROBE_TOKENS, or max_rows, the last so many count */
+    uint32_t n_tokens;
+    uint32_t n_blocks;   /* 0: the embeddings; 1: behind layer 0's attention; 2 l: behind l whole layers */
+    float *mean;         /* [hidden]: of the residual stream over the rows */
+    float gate_entropy;  /* out, in nats: of the gates that were passed, over rows and layers; 0: none was */
+    uint32_t n_rows;     /* out: tokens that counted */
+} choir_probe;
+choir_status choir_engine_probe(choir_engine *engine, choir_probe *probe) CHOIR_MUST_USE;
 
 /* Every token goes to this expert alone (weight 1); -1 ends it. A property of the demo MoE that tests
  * and `choir logits --force-expert` use. */

@@ -79,6 +79,21 @@ static void weigh_always(choir_engine *e, uint32_t l, uint32_t worker, uint32_t 
     }
 }
 
+/* Of softmax(logits), in nats: ln Σ exp(l) - Σ p l. */
+static float entropy(const float *logits, uint32_t n)
+{
+    float max = logits[0];
+    double sum = 0, weighed = 0;
+    for (uint32_t x = 1; x < n; x++)
+        if (logits[x] > max) max = logits[x];
+    for (uint32_t x = 0; x < n; x++) {
+        double below = logits[x] - max, e = exp(below);
+        sum += e;
+        weighed += e * below;
+    }
+    return (float)(log(sum) - weighed / sum);
+}
+
 /* h -> (expert, weight) for the worker's own rows, which it has just normed. */
 static void route(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_workers)
 {
@@ -96,6 +111,8 @@ static void route(choir_engine *e, uint32_t l, uint32_t worker, uint32_t n_worke
                         n);
     for (uint64_t i = begin; w->router_bias != NULL && i < end; i++)
         e->kernels->add(s->router_logits + i * n, w->router_bias, n);
+    for (uint64_t i = begin; s->wants_entropy && i < end; i++)
+        s->gate_entropy[i] += entropy(s->router_logits + i * n, n);
     if (e->forced_expert >= 0)
         choir_router_force((uint32_t)e->forced_expert, (uint32_t)begin, (uint32_t)end, s->plan);
     else

@@ -51,7 +51,9 @@ static void carve_rows(choir_engine *e, carver *c)
     s->att = carve(c, n * attended, sizeof(float));
     s->q8_att = carve(c, 1, choir_acts_q8_bytes((uint32_t)n, (uint32_t)attended));
     size_t head_rows = n < HEAD_ROWS ? n : HEAD_ROWS;
-    s->logits = carve(c, head_rows * m->vocab, sizeof(float));
+    size_t probe_kv = choir_probe_pages(e) * (choir_kv_page_bytes(e) / m->n_layers);
+    s->logits = carve(c, 1, max_of(head_rows * m->vocab * sizeof(float), probe_kv));
+    s->gate_entropy = carve(c, choir_probe_rows(e), sizeof(float));
 }
 
 static void carve_latents(choir_engine *e, carver *c)

@@ -61,7 +61,15 @@ typedef struct rope_rows {
     float *cos, *sin;
 } rope_rows;
 
+/* Where a step's keys and values lie: page p of layer l begins at base + p page_bytes + l layer_bytes. */
+typedef struct kv_view {
+    uint8_t *base;
+    size_t page_bytes, layer_bytes;
+    uint32_t n_pages;
+} kv_view;
+
 typedef struct step {
+    kv_view kv;
     choir_span *spans;
     uint32_t n_spans, n_rows, n_outputs, n_items;
     row *rows;                /* [R] */
@@ -100,7 +108,9 @@ typedef struct step {
     uint32_t predicted_layer;          /* 0: none; set when its guesses were sent */
     float *votes;                      /* [n_experts] */
     uint16_t guessed[MAX_PREFETCH];
-    float *logits;            /* [B, vocab] */
+    float *logits;            /* [B, vocab]; of a probe, which has no head: its keys and values */
+    float *gate_entropy;      /* [R] of a probe's rows, summed over its gates … */
+    bool wants_entropy;       /* … and whether this is one */
     choir_status *output_status; /* [R] of each output row; folded into spans at the end */
     /* Adapters: the rows' runs; A z of each row, [ADAPT_BUFFERS, low_rank_floats], a row's n_ranks long. */
     uint32_t *order;          /* [max_spans] spans as their rows lie: those of one adapter together */
@@ -198,11 +208,18 @@ void choir_engine_reserve_adapter_bytes(choir_engine *engine, uint64_t bytes);
 /* engine/scratch.c */
 size_t choir_step_bytes(choir_engine *engine); /* of scratch, before there is any */
 size_t choir_kv_page_bytes(const choir_engine *engine);
+/* A probe's rows and its KV pages, of one layer each. */
+uint32_t choir_probe_rows(const choir_engine *engine);
+uint32_t choir_probe_pages(const choir_engine *engine);
 choir_status choir_step_create(choir_engine *engine) CHOIR_MUST_USE;
 void choir_step_destroy(choir_engine *engine);
 choir_status choir_kv_create(choir_engine *engine) CHOIR_MUST_USE;
 
-/* The phases, each on every worker (engine/attention.c, engine/moe.c, engine/head.c). */
+/* engine/token_path.c: checks spans over step.kv, and lays their tokens out as the step's rows. */
+choir_status choir_step_lay_out(choir_engine *engine, choir_span *spans, uint32_t n_spans) CHOIR_MUST_USE;
+
+/* The phases, each on every worker (engine/token_path.c, engine/attention.c, engine/moe.c, engine/head.c). */
+void choir_phase_embed(choir_engine *engine, uint32_t worker, uint32_t n_workers);
 void choir_phase_attention(choir_engine *engine, uint32_t layer, uint32_t worker, uint32_t n_workers);
 void choir_phase_ffn(choir_engine *engine, uint32_t layer, uint32_t worker, uint32_t n_workers);
 void choir_phase_head(choir_engine *engine, uint32_t worker, uint32_t n_workers);

@@ -7,10 +7,12 @@
  *       x += Wo attention(rope(Wq norm(x)), KV)      engine/attention.c
  *       x += experts(norm(x))                        engine/moe.c
  *   logits = head(norm(x)); sample                   engine/head.c
+ *
+ * A probe (engine/probe.c) goes the same way, and turns back early.
  */
 #include "engine/state.h"
 
-static void embed(choir_engine *e, uint32_t worker, uint32_t n_workers)
+void choir_phase_embed(choir_engine *e, uint32_t worker, uint32_t n_workers)
 {
     step *s = &e->step;
     uint64_t begin, end;
@@ -31,7 +33,7 @@ static void embed(choir_engine *e, uint32_t worker, uint32_t n_workers)
 static void run_token_path(void *arg, uint32_t worker, uint32_t n_workers)
 {
     choir_engine *e = arg;
-    embed(e, worker, n_workers);
+    choir_phase_embed(e, worker, n_workers);
     for (uint32_t l = 0; l < e->config.n_layers; l++) {
         choir_phase_attention(e, l, worker, n_workers);
         choir_phase_ffn(e, l, worker, n_workers);
@@ -47,8 +49,9 @@ static choir_status check_adapters(const choir_span *span)
     for (uint32_t i = 0; i < span->n_adapters; i++)
         if (!choir_adapter_mixes(span->adapters[i].adapter) &&
             (span->n_adapters > 1 || span->adapters[i].weight != 1))
-            return choir_fail(CHOIR_E_INVALID,
-                              "an adapter that replaces weights, scales inputs or brings tokens in a mix");
+            return choir_fail(
+                CHOIR_E_INVALID,
+                "an adapter that replaces weights, scales inputs or brings tokens in a mix");
     return CHOIR_OK;
 }
 
@@ -74,8 +77,9 @@ static choir_status check_span(const choir_engine *e, const choir_span *span)
         return choir_fail(CHOIR_E_INVALID, "%u logits of %u tokens", span->n_logits,
                           span->n_tokens);
     for (uint32_t i = 0; i < span->n_pages; i++)
-        if (span->pages[i] >= e->n_pages)
-            return choir_fail(CHOIR_E_INVALID, "KV page %u of %u", span->pages[i], e->n_pages);
+        if (span->pages[i] >= e->step.kv.n_pages)
+            return choir_fail(CHOIR_E_INVALID, "KV page %u of %u", span->pages[i],
+                              e->step.kv.n_pages);
     CHOIR_TRY(check_adapters(span));
     for (uint32_t i = 0; i < span->n_tokens; i++)
         if (span->tokens[i] >= e->config.vocab && !is_virtual(e, span, i))
@@ -128,8 +132,8 @@ static void sort_by_adapter(step *s)
     }
 }
 
-/* Lays the spans' tokens out as rows and lists the step's attention items and output rows. */
-static choir_status lay_out(choir_engine *e, choir_span *spans, uint32_t n_spans)
+/* Also lists the step's attention items and output rows. */
+choir_status choir_step_lay_out(choir_engine *e, choir_span *spans, uint32_t n_spans)
 {
     step *s = &e->step;
     s->spans = spans;
@@ -173,8 +177,9 @@ choir_status choir_span_failure(const choir_span *span)
 
 choir_status choir_engine_step(choir_engine *engine, choir_span *spans, uint32_t n_spans)
 {
-    CHOIR_TRY(lay_out(engine, spans, n_spans));
     step *s = &engine->step;
+    s->kv = (kv_view){engine->kv, engine->page_bytes, engine->layer_kv_bytes, engine->n_pages};
+    CHOIR_TRY(choir_step_lay_out(engine, spans, n_spans));
     choir_experts_step(engine->experts);
     if (s->n_rows > 0) choir_workers_run(engine->workers, run_token_path, engine);
     for (uint32_t i = 0; i < s->n_outputs; i++) {
