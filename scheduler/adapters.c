@@ -1,5 +1,6 @@
-/* What a request is computed with besides the model: claimed when it is submitted, pinned when its
- * turn has come and all of it is in memory, released at its end.
+/* What a request is computed with besides the model: claimed when it is submitted (or chosen for
+ * it, scheduler/chooser.c), pinned when its turn has come and all of it is in memory, released at
+ * its end.
  *
  * Virtual tokens (soft prompts) become the sequence's first tokens: positions, pages and the
  * context's length count them; the user's prompt, its usage and the sampler's penalties do not know
@@ -114,6 +115,20 @@ void adapters_release(request *r)
     a->n = a->n_uses = 0;
 }
 
+void adapters_fall_back(choir_scheduler *s, request *r)
+{
+    adapters_release(r);
+    s->stats.n_fell_back++;
+    for (uint32_t i = 0; i < r->n; i++) sequence_move(s, &r->sequences[i], SEQ_WAITING);
+}
+
+/* Those that the client has named are what it wants; those that were chosen for it are not worth
+ * its answer. Lack of memory may have come in the middle of a change. */
+static bool may_fall_back(const request *r, choir_status status)
+{
+    return r->chosen && status != CHOIR_E_NO_MEMORY;
+}
+
 /* -- pinned: their versions are known now, and stay -- */
 
 /* In an order that does not depend on the client's, so that the same mix is the same sums and the
@@ -201,6 +216,10 @@ bool adapters_fetched(choir_scheduler *s, request *r)
         return false;
     }
     if (status == CHOIR_OK) status = bind(s, r);
+    if (status != CHOIR_OK && may_fall_back(r, status)) {
+        adapters_fall_back(s, r);
+        return true;
+    }
     if (status != CHOIR_OK) {
         request_end(s, r, status, choir_error_message());
         return false;
@@ -225,7 +244,9 @@ void adapters_end_failed(choir_scheduler *s)
         choir_status status = CHOIR_OK;
         if (q->state == SEQ_FETCHING)
             status = choir_adapters_check_claims(a->pool, a->claims, a->n);
-        if (status != CHOIR_OK)
+        if (status != CHOIR_OK && may_fall_back(q->of, status))
+            adapters_fall_back(s, q->of);
+        else if (status != CHOIR_OK)
             request_end(s, q->of, status, choir_error_message());
         else
             i++; /* an end moves another sequence to this place */

@@ -85,6 +85,11 @@ static choir_status make_tables(choir_scheduler *s)
     CHOIR_TRY(kv_pages_create(s->engine.n_pages, s->engine.zero_page, s->engine.engine, &s->pages));
     kv_share_begin(s);
     CHOIR_TRY(reads_create(s));
+    if (s->engine.probe != NULL) {
+        s->features = choir_calloc(CHOIR_MEM_REQUESTS, s->engine.n_features, sizeof *s->features);
+        if (s->features == NULL)
+            return choir_fail(CHOIR_E_NO_MEMORY, "no memory for prompts' features");
+    }
     if (s->engine.expert_stats != NULL) {
         s->published_heat =
             choir_calloc(CHOIR_MEM_OTHER, (size_t)s->engine.n_layers * s->engine.n_experts,
@@ -168,6 +173,7 @@ void choir_scheduler_destroy(choir_scheduler *s)
     choir_free(s->order);
     choir_free(s->spans);
     choir_free(s->span_of);
+    choir_free(s->features);
     pthread_mutex_destroy(&s->lock);
     pthread_cond_destroy(&s->work);
     choir_free(s);
@@ -214,6 +220,7 @@ static choir_status check_request(const choir_scheduler *s, const choir_request 
         return choir_fail(CHOIR_E_INVALID, "n is %u, must be 1 to %d", r->n, CHOIR_MAX_SAMPLES);
     CHOIR_TRY(check_ends(s, r));
     CHOIR_TRY(adapters_check(s, r));
+    CHOIR_TRY(chooser_check(s, r));
     return choir_sampling_check(&r->sampling, s->engine.vocab);
 }
 

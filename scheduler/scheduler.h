@@ -64,6 +64,10 @@ typedef struct choir_step_engine {
     const int32_t *eos_ids;           /* end an answer unless ignore_eos; lent */
     uint32_t n_eos;
     uint32_t n_layers, n_experts_used; /* the shape of a route; 0: none */
+    /* NULL, or features of a prompt for a chooser, as choir_engine_probe makes them: of n_features numbers, behind
+     * n_blocks blocks at most, of the prompt's last probe_tokens tokens */
+    choir_status (*probe)(void *engine, choir_probe *probe);
+    uint32_t n_features, n_blocks, probe_tokens;
 } choir_step_engine;
 choir_step_engine choir_step_engine_of(choir_engine *engine);
 
@@ -79,6 +83,30 @@ typedef struct choir_request_adapter {
     float weight; /* 1 for an adapter alone; -CHOIR_MAX_ADAPTER_WEIGHT … CHOIR_MAX_ADAPTER_WEIGHT in a mix */
 } choir_request_adapter;
 enum { CHOIR_MAX_ADAPTER_WEIGHT = 8 };
+
+/* How the prompt looks to the model alone, early in the network; lent for the call. */
+typedef struct choir_prompt_features {
+    const float *mean; /* [n] */
+    uint32_t n;
+    float gate_entropy;
+    uint32_t n_tokens; /* of the prompt */
+} choir_prompt_features;
+
+typedef struct choir_choice {
+    choir_request_adapter adapters[CHOIR_MAX_MIX]; /* names are lent until release() */
+    uint32_t n;                                    /* 0: the model alone */
+} choir_choice;
+
+/* Who chooses a request's adapters when its prompt has been looked at. From submit's CHOIR_OK on `user` is the
+ * scheduler's: choose() is called at most once (not where the request ends before, or its prompt cannot be
+ * probed), then release() exactly once; both on the engine thread, or release() on destroy()'s. Neither may block
+ * or call the scheduler. Either may run before submit has returned. */
+typedef struct choir_chooser {
+    void (*choose)(void *user, const choir_prompt_features *features, choir_choice *out); /* NULL: nobody */
+    void (*release)(void *user); /* may be NULL */
+    void *user;
+    uint32_t n_blocks; /* of the probe: choir_probe */
+} choir_chooser;
 
 /* Lent for the call to submit, which copies. */
 typedef struct choir_request {
@@ -103,6 +131,9 @@ typedef struct choir_request {
      * tokens of soft prompts stand before the prompt: they take room in the context, and are in no count. */
     const choir_request_adapter *adapters;
     uint32_t n_adapters;
+    /* Or they are left open: chosen when the request's turn has come, and claimed as if it had named them. Where
+     * that fails, also later when they cannot be loaded, the model answers alone: the stream tells what it was. */
+    choir_chooser chooser;
 } choir_request;
 
 typedef enum choir_finish {
@@ -148,6 +179,10 @@ typedef struct choir_event {
     const choir_finish *finish;    /* DONE: [n] */
     const uint32_t *stop_match;    /* DONE: [n] index of the stop text, or UINT32_MAX */
     uint32_t n_finish;
+    /* STARTED, and DONE if it has started: what it is computed with besides the model; lent until the stream's
+     * release. None where an adapter's invocation does not occur. */
+    const choir_request_adapter *adapters;
+    uint32_t n_adapters;
 } choir_event;
 
 /* `wake` is called (any thread, must not block or call back) whenever the stream may have become
@@ -171,9 +206,11 @@ bool choir_scheduler_tick(choir_scheduler *scheduler);
 typedef struct choir_scheduler_stats {
     uint32_t n_running, n_waiting, n_paused;
     uint32_t n_fetching; /* of n_waiting: those whose adapters are not there yet, or whose turn has not come */
+    uint32_t n_choosing; /* of n_waiting: those whose adapters are not chosen yet */
     uint32_t n_pages, n_pages_free, n_pages_cached; /* cached: only the prefix cache holds them */
     uint64_t n_steps, n_prompt_tokens, n_cached_tokens, n_output_tokens;
     uint64_t n_late; /* spans that were sent back to wait for an expert */
+    uint64_t n_chosen, n_fell_back; /* requests whose adapters were chosen; that go on without those */
     uint64_t n_accepted, n_refused, n_done, n_cancelled, n_expired, n_failed, n_preempted;
     uint64_t last_step_ns, step_ns_total, rows_total; /* rows_total / n_steps: mean batch */
     choir_experts_stats experts; /* as of the last step */

@@ -12,6 +12,7 @@ enum { ARRIVALS_PER_US = 256 }; /* any int32_t of priorities still fits beside *
 void sequence_move(choir_scheduler *s, sequence *q, sequence_state to)
 {
     static const bool legal[N_SEQUENCE_STATES][N_SEQUENCE_STATES] = {
+        [SEQ_CHOOSING] = {[SEQ_FETCHING] = true, [SEQ_WAITING] = true, [SEQ_ENDED] = true},
         [SEQ_FETCHING] = {[SEQ_WAITING] = true, [SEQ_ENDED] = true},
         [SEQ_WAITING] = {[SEQ_RUNNING] = true, [SEQ_ENDED] = true},
         [SEQ_RUNNING] = {[SEQ_WAITING] = true, [SEQ_PAUSED] = true, [SEQ_ENDED] = true},
@@ -54,6 +55,12 @@ static choir_status copy_stops(const choir_request *from, request *r)
     return CHOIR_OK;
 }
 
+static sequence_state first_state(const choir_request *from)
+{
+    if (from->chooser.choose != NULL) return SEQ_CHOOSING;
+    return from->n_adapters > 0 ? SEQ_FETCHING : SEQ_WAITING;
+}
+
 static choir_status make_sequence(choir_scheduler *s, const choir_request *from, request *r,
                                   uint32_t index)
 {
@@ -62,7 +69,7 @@ static choir_status make_sequence(choir_scheduler *s, const choir_request *from,
     uint32_t page_tokens = s->engine.page_tokens;
     *q = (sequence){.of = r,
                     .index = index,
-                    .state = r->adapters.n > 0 ? SEQ_FETCHING : SEQ_WAITING,
+                    .state = first_state(from),
                     .n_prompt = (uint32_t)from->n_tokens,
                     .stop_match = NO_STOP};
     q->max_pages = (uint32_t)((room + page_tokens - 1) / page_tokens);
@@ -151,6 +158,7 @@ choir_status request_create(choir_scheduler *s, const choir_request *from, choir
         request_destroy(r);
         return status;
     }
+    r->chooser = from->chooser; /* the scheduler's from here on: nothing fails any more */
     *out = r;
     return CHOIR_OK;
 }
@@ -159,6 +167,7 @@ void request_destroy(request *r)
 {
     if (r == NULL) return;
     adapters_release(r);
+    chooser_release(r);
     for (uint32_t i = 0; r->sequences != NULL && i < r->n; i++) {
         sequence *q = &r->sequences[i];
         choir_free(q->tokens);
@@ -299,7 +308,7 @@ void sequence_take_token(choir_scheduler *s, sequence *q, const choir_sample *sa
     if (r->first_token_ns == 0) {
         r->first_token_ns = now;
         r->usage.prefill_ns = now - r->first_step_ns;
-        stream_start(r->stream, &r->usage);
+        stream_start(r->stream, r);
     }
     r->usage.decode_ns = now - r->first_token_ns;
     bool end = n_drawn > r->min_new && ends_answer(r, sample->token);

@@ -1,9 +1,14 @@
 /* The scheduler's own picture of requests and sequences; internal to scheduler/.
  *
- *        submit, with adapters
- *   (client) ────▶ FETCHING
- *      │               │ its turn, and its adapters are in memory: pinned
- *      │ submit        ▼        admit: pages            last token drawn
+ *   (client) ───────────┬──────────────────────────┐ submit, with a chooser
+ *      │                │ submit, with adapters    ▼
+ *      │                ▼      chosen: claimed  CHOOSING
+ *      │             FETCHING ◀────────────────────┤
+ *      │                │ its turn, and they are   │ chosen: the model alone,
+ *      │                │ in memory: pinned; or    │ or what cannot be had
+ *      │                │ chosen, and they failed  │
+ *      │                │   ┌──────────────────────┘
+ *      │ submit         ▼   ▼    admit: pages            last token drawn
  *      └───────────▶ WAITING ──────────────▶ RUNNING ───────────────────▶ ENDED
  *                       ▲   preempt: pages away  │ ▲
  *                       └────────────────────────┤ │ outbox drained
@@ -11,7 +16,8 @@
  *                       └──── pages away ────  PAUSED
  *   Any state but ENDED ends on cancel, deadline, a reader too slow, or an error. sequence_move()
  * is the only way. A paused sequence holds no slot, and its pages only while nobody else wants
- * them. A request that has left FETCHING holds its adapters' pins to its end; before, only claims.
+ * them. A request that has left FETCHING holds its adapters' pins to its end; before, only claims;
+ * in CHOOSING nothing at all.
  *
  * THREADS request and sequence belong to the engine thread once submitted; a stream is shared with
  * its consumer under stream.lock. */
@@ -25,6 +31,7 @@
 enum { NO_STOP = UINT32_MAX, NO_GROUP = UINT32_MAX, DELTA_ROOM = 4096 };
 
 typedef enum sequence_state {
+    SEQ_CHOOSING,
     SEQ_FETCHING,
     SEQ_WAITING,
     SEQ_RUNNING,
@@ -49,6 +56,10 @@ struct choir_stream {
     char message[512];
     choir_finish finish[CHOIR_MAX_SAMPLES];
     uint32_t stop_match[CHOIR_MAX_SAMPLES], n_finish;
+    /* What the answer is computed with, once it has started. */
+    char adapter_names[CHOIR_MAX_MIX][CHOIR_ADAPTER_MAX_NAME + 1];
+    choir_request_adapter adapters[CHOIR_MAX_MIX];
+    uint32_t n_adapters;
     bool broken;               /* a record could not be lent for lack of memory: it ends so */
     size_t outbox_bytes;       /* a copy: the scheduler may be gone before its streams */
     uint32_t n_layers, n_used; /* shape of a route */
@@ -118,6 +129,8 @@ struct request {
     choir_usage usage;
     bool admitted;
     request_adapters adapters;
+    choir_chooser chooser; /* until it was asked */
+    bool chosen;           /* it has been: the adapters are its choice */
 };
 
 typedef struct read_sums {
@@ -172,6 +185,7 @@ struct choir_scheduler {
     sequence **order; /* scratch: the live ones by rank */
     choir_span *spans;
     sequence **span_of;
+    float *features; /* scratch, NULL or [engine.n_features] */
     choir_scheduler_stats stats;
     uint64_t mean_request_ns;
     request *ended; /* freed at the end of the tick, when nothing points to them any more */
@@ -203,7 +217,7 @@ typedef struct delta {
 } delta;
 bool stream_has_room(choir_stream *stream,
                      uint32_t n_deltas); /* notes that room is wanted if not */
-void stream_start(choir_stream *stream, const choir_usage *usage);
+void stream_start(choir_stream *stream, const request *r);
 choir_status stream_put(choir_stream *stream, const delta *d) CHOIR_MUST_USE;
 void stream_finish(choir_stream *stream, const request *r, choir_status status,
                    const char *message);
@@ -222,9 +236,17 @@ void adapters_release(request *r);
 /* At its turn: true when they are pinned, and its sequences WAITING; false: they are not, or it has ended. */
 bool adapters_fetched(choir_scheduler *s, request *r);
 void adapters_end_failed(choir_scheduler *s); /* requests whose adapters will not come */
+/* Those that were chosen are let go, and its sequences WAITING: the model answers alone. */
+void adapters_fall_back(choir_scheduler *s, request *r);
 void adapters_note_poison(request *r, const choir_span *span);
 /* The key of a full page of the sequence, whose keys up to it are known. */
 prefix_key sequence_page_key(const choir_scheduler *s, const sequence *q, uint32_t page);
+
+/* chooser.c */
+choir_status chooser_check(const choir_scheduler *s, const choir_request *from) CHOIR_MUST_USE;
+/* Of the first n of s->order, by rank, as far as a tick's probes go. False: nobody had to choose. */
+bool choosers_take_turns(choir_scheduler *s, uint32_t n);
+void chooser_release(request *r);
 
 /* reads.c */
 choir_status reads_create(choir_scheduler *s) CHOIR_MUST_USE;

@@ -10,20 +10,37 @@ static void copy_page(void *engine, uint32_t from, uint32_t to)
     choir_engine_copy_page(engine, from, to);
 }
 
-static void zero_page(void *engine, uint32_t page) { choir_engine_zero_page(engine, page); }
+static void zero_page(void *engine, uint32_t page)
+{
+    choir_engine_zero_page(engine, page);
+}
 
-static void set_pages(void *engine, uint32_t n) { choir_engine_set_kv_pages(engine, n); }
-static void forget_page(void *engine, uint32_t page) { choir_engine_forget_page(engine, page); }
+static void set_pages(void *engine, uint32_t n)
+{
+    choir_engine_set_kv_pages(engine, n);
+}
+static void forget_page(void *engine, uint32_t page)
+{
+    choir_engine_forget_page(engine, page);
+}
 
 static uint64_t set_adapter_bytes(void *engine, uint64_t bytes)
 {
     return choir_engine_set_adapter_bytes(engine, bytes);
 }
 
-static choir_experts_stats expert_stats(void *engine) { return choir_engine_expert_stats(engine); }
+static choir_experts_stats expert_stats(void *engine)
+{
+    return choir_engine_expert_stats(engine);
+}
 static float expert_heat(void *engine, uint32_t layer, uint32_t expert)
 {
     return choir_engine_expert_heat(engine, layer, expert);
+}
+
+static choir_status probe(void *engine, choir_probe *what)
+{
+    return choir_engine_probe(engine, what);
 }
 
 choir_step_engine choir_step_engine_of(choir_engine *engine)
@@ -62,5 +79,9 @@ choir_step_engine choir_step_engine_of(choir_engine *engine)
         .n_eos = c->n_eos,
         .n_layers = c->n_layers,
         .n_experts_used = c->n_experts_used,
+        .probe = probe,
+        .n_features = c->hidden,
+        .n_blocks = 2 * c->n_layers,
+        .probe_tokens = CHOIR_PROBE_TOKENS,
     };
 }

@@ -2,6 +2,7 @@
  */
 #include "scheduler/state.h"
 
+#include <stdio.h>
 #include <string.h>
 
 /* One record: this header, then text, then routes (experts, weights), padded to 8. */
@@ -71,11 +72,19 @@ static void tell(choir_stream *stream)
     if (stream->wake != NULL && !stream->released) stream->wake(stream->user);
 }
 
-void stream_start(choir_stream *stream, const choir_usage *usage)
+void stream_start(choir_stream *stream, const request *r)
 {
+    const request_adapters *a = &r->adapters;
     pthread_mutex_lock(&stream->lock);
     stream->started = true;
-    stream->usage_at_start = *usage;
+    stream->usage_at_start = r->usage;
+    stream->n_adapters = a->n_uses > 0 ? a->n : 0;
+    for (uint32_t i = 0; i < stream->n_adapters; i++) {
+        char *name = stream->adapter_names[i];
+        snprintf(name, sizeof stream->adapter_names[i], "%s",
+                 choir_adapter_claim_name(&a->claims[i]));
+        stream->adapters[i] = (choir_request_adapter){name, a->weights[i]};
+    }
     pthread_mutex_unlock(&stream->lock);
 }
 
@@ -196,7 +205,10 @@ static bool next_locked(choir_stream *stream, choir_event *out, bool *nudge)
 {
     if (stream->started && !stream->started_taken) {
         stream->started_taken = true;
-        *out = (choir_event){.kind = CHOIR_EVENT_STARTED, .usage = stream->usage_at_start};
+        *out = (choir_event){.kind = CHOIR_EVENT_STARTED,
+                             .usage = stream->usage_at_start,
+                             .adapters = stream->adapters,
+                             .n_adapters = stream->n_adapters};
         return true;
     }
     if (stream->used > 0) {
@@ -213,7 +225,9 @@ static bool next_locked(choir_stream *stream, choir_event *out, bool *nudge)
                          .message = stream->message,
                          .finish = stream->finish,
                          .stop_match = stream->stop_match,
-                         .n_finish = stream->n_finish};
+                         .n_finish = stream->n_finish,
+                         .adapters = stream->adapters,
+                         .n_adapters = stream->n_adapters};
     return true;
 }
 

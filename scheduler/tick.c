@@ -1,5 +1,6 @@
-/* One tick, read aloud: take what was submitted, end what must end, resume who has room again,
- * choose the rows of this step (decode rows first, then prefill chunks), step, hand out. */
+/* One tick, read aloud: take what was submitted, end what must end, resume who has room again, let
+ * choosers choose, choose the rows of this step (decode rows first, then prefill chunks), step,
+ * hand out. */
 #include "scheduler/state.h"
 
 #include <stdlib.h>
@@ -194,7 +195,7 @@ static uint32_t n_pending(const sequence *q)
 static void select_decode(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
     uint64_t now = choir_clock_now();
-    for (uint32_t i = 0; i < n && *budget > 0; i++) {
+    for (uint32_t i = 0; i<n && * budget> 0; i++) {
         sequence *q = s->order[i];
         if (q->state != SEQ_RUNNING || n_pending(q) != 1) continue;
         if (*n_selected == s->options.max_sequences) break;
@@ -208,7 +209,8 @@ static void select_decode(choir_scheduler *s, uint32_t n, uint32_t *budget, uint
     }
 }
 
-/* Rows that the sequence may have of the budget; there is room for so many routes, where they are wanted. */
+/* Rows that the sequence may have of the budget; there is room for so many routes, where they are
+ * wanted. */
 static uint32_t chunk(const choir_scheduler *s, const sequence *q, uint32_t budget)
 {
     if (q->of->want_routes && budget > s->options.max_step_tokens)
@@ -218,7 +220,7 @@ static uint32_t chunk(const choir_scheduler *s, const sequence *q, uint32_t budg
 
 static void select_prefill(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
-    for (uint32_t i = 0; i < n && *budget > 0 && *n_selected < s->options.max_sequences; i++) {
+    for (uint32_t i = 0; i<n && * budget> 0 && *n_selected < s->options.max_sequences; i++) {
         sequence *q = s->order[i];
         if (q->state != SEQ_RUNNING || q->selected || n_pending(q) <= 1) continue;
         uint32_t rows = chunk(s, q, *budget);
@@ -297,7 +299,7 @@ static void note_admission(choir_scheduler *s, request *r, const sequence *q)
 static void admit(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
     uint32_t n_running = n_in_state(s, SEQ_RUNNING);
-    for (uint32_t i = 0; i < n && *budget > 0 && n_running < s->options.max_sequences; i++) {
+    for (uint32_t i = 0; i<n && * budget> 0 && n_running < s->options.max_sequences; i++) {
         sequence *q = s->order[i];
         if (q->state == SEQ_FETCHING && !adapters_fetched(s, q->of)) continue; /* others go on */
         if (q->state != SEQ_WAITING || !may_enter(q)) continue;
@@ -316,11 +318,16 @@ static choir_routes *routes_for(sequence *q)
     return q->n_rows == 1 && q->drawn_by.experts != NULL ? &q->drawn_by : NULL;
 }
 
-static uint32_t choose(choir_scheduler *s)
+static uint32_t order_by_rank(choir_scheduler *s)
 {
-    uint32_t n_selected = 0, n = s->n_live;
-    memcpy(s->order, s->live, n * sizeof *s->order);
-    qsort(s->order, n, sizeof *s->order, by_rank);
+    memcpy(s->order, s->live, s->n_live * sizeof *s->order);
+    qsort(s->order, s->n_live, sizeof *s->order, by_rank);
+    return s->n_live;
+}
+
+static uint32_t choose(choir_scheduler *s, uint32_t n)
+{
+    uint32_t n_selected = 0;
     reads_before_choice(s);
     uint32_t budget = s->reads.step_tokens;
     for (uint32_t i = 0; i < n; i++) s->order[i]->selected = false;
@@ -369,7 +376,7 @@ static bool hand_out(choir_scheduler *s, uint32_t n_spans)
     uint32_t n_late = 0;
     for (uint32_t i = 0; i < n_spans; i++) {
         sequence *q = s->span_of[i];
-        if (q->state == SEQ_ENDED) continue; /* its request ended with a sibling */
+        if (q->state == SEQ_ENDED) continue;             /* its request ended with a sibling */
         if (s->spans[i].status == CHOIR_E_UNAVAILABLE) { /* the same rows again, next time */
             n_late++;
             continue;
@@ -417,7 +424,8 @@ static void publish(choir_scheduler *s, bool worked)
     bool runnable = false;
     t->n_running = n_in_state(s, SEQ_RUNNING);
     t->n_fetching = n_in_state(s, SEQ_FETCHING);
-    t->n_waiting = n_in_state(s, SEQ_WAITING) + t->n_fetching;
+    t->n_choosing = n_in_state(s, SEQ_CHOOSING);
+    t->n_waiting = n_in_state(s, SEQ_WAITING) + t->n_fetching + t->n_choosing;
     t->n_paused = n_in_state(s, SEQ_PAUSED);
     for (uint32_t i = 0; i < s->n_live; i++)
         runnable = runnable || s->live[i]->of->blocked_since == 0;
@@ -443,7 +451,9 @@ bool scheduler_tick(choir_scheduler *s)
     end_what_must(s);
     adapters_end_failed(s);
     watch_readers(s);
-    uint32_t n_spans = choose(s);
+    uint32_t n = order_by_rank(s);
+    bool probed = choosers_take_turns(s, n);
+    uint32_t n_spans = choose(s, n);
     bool worked = n_spans > 0;
     kv_share_before_step(s);
     if (n_spans > 0) {
@@ -465,6 +475,7 @@ bool scheduler_tick(choir_scheduler *s)
                 request_end(s, s->span_of[i]->of, status, choir_error_message());
     }
     free_ended(s);
+    worked = worked || probed;
     publish(s, worked);
     return worked;
 }

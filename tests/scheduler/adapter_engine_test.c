@@ -80,8 +80,9 @@ static void close_house(house *h)
     choir_engine_close(h->engine);
 }
 
-/* Of a prompt with the invocation at `at`; 0: without. */
-static choir_stream *submit(house *h, const choir_request_adapter *uses, uint32_t n, uint32_t at)
+/* Of a prompt with the invocation at `at`; 0: without. chooser: NULL, or who names `uses`. */
+static choir_stream *submit_to(house *h, const choir_request_adapter *uses, uint32_t n, uint32_t at,
+                               const choir_chooser *chooser)
 {
     uint32_t tokens[PROMPT];
     for (uint32_t i = 0; i < PROMPT; i++) tokens[i] = 20 + i * 13 % 250;
@@ -96,10 +97,16 @@ static choir_stream *submit(house *h, const choir_request_adapter *uses, uint32_
                        .adapters = uses,
                        .n_adapters = n};
     r.sampling.temperature = 0;
+    if (chooser != NULL) r.chooser = *chooser;
     choir_stream *stream;
     if (choir_scheduler_submit(h->scheduler, &r, NULL, NULL, &stream) != CHOIR_OK)
         fail_msg("%s", choir_error_message());
     return stream;
+}
+
+static choir_stream *submit(house *h, const choir_request_adapter *uses, uint32_t n, uint32_t at)
+{
+    return submit_to(h, uses, n, at, NULL);
 }
 
 static bool drain(choir_stream *stream, answer *a)
@@ -180,6 +187,50 @@ static void test_alone_and_together(void **state)
     }
 }
 
+typedef struct choice {
+    const char *name;
+    float features[64];
+    uint32_t n_features;
+} choice;
+
+static void choose(void *user, const choir_prompt_features *f, choir_choice *out)
+{
+    choice *c = user;
+    assert_true(f->n <= 64);
+    memcpy(c->features, f->mean, f->n * sizeof *f->mean);
+    c->n_features = f->n;
+    if (c->name != NULL) out->adapters[out->n++] = (choir_request_adapter){c->name, 1};
+}
+
+/* Each answer is that of who names the adapter, however the probes lie between others' steps; and
+ * all see the same features of the same prompt. */
+static void test_chosen(void **state)
+{
+    (void)state;
+    answer alone[N_NAMES];
+    house fresh = open_house(false, 256), h = open_house(true, 48);
+    for (uint32_t i = 0; i < N_NAMES; i++) alone[i] = ask(&fresh, names[i], 50);
+    close_house(&fresh);
+    for (uint32_t n_blocks = 0; n_blocks < 4; n_blocks++) {
+        answer got[N_NAMES] = {0};
+        choir_stream *streams[N_NAMES];
+        choice choices[N_NAMES];
+        for (uint32_t i = 0; i < N_NAMES; i++) {
+            choices[i] = (choice){.name = names[i]};
+            const choir_chooser c = {choose, NULL, &choices[i], n_blocks};
+            streams[i] = submit_to(&h, NULL, 0, 50, &c);
+        }
+        for (uint32_t i = 0; i < N_NAMES; i++) {
+            finish(&h, streams[i], &got[i]);
+            assert_same(&got[i], &alone[i]);
+            assert_int_equal(choices[i].n_features, choir_engine_config(h.engine)->hidden);
+            assert_memory_equal(choices[i].features, choices[0].features,
+                                sizeof choices[0].features);
+        }
+    }
+    close_house(&h);
+}
+
 /* The order in which a client names a mix says nothing. */
 static void test_mix(void **state)
 {
@@ -225,6 +276,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_alone_and_together),
+        cmocka_unit_test(test_chosen),
         cmocka_unit_test(test_mix),
         cmocka_unit_test(test_alora),
     };

@@ -179,6 +179,24 @@ static uint64_t set_adapter_bytes(void *engine, uint64_t bytes)
     return bytes / 2 > e->adapter_floor ? bytes / 2 : e->adapter_floor;
 }
 
+static choir_status probe(void *engine, choir_probe *p)
+{
+    simulated_engine *e = engine;
+    uint32_t n = p->n_tokens < SIMULATED_PROBE_TOKENS ? p->n_tokens : SIMULATED_PROBE_TOKENS;
+    CHOIR_ASSERT(n > 0 && p->n_blocks <= SIMULATED_BLOCKS);
+    for (uint32_t i = 0; i < p->n_tokens; i++) CHOIR_ASSERT(p->tokens[i] < e->vocab);
+    e->n_probes++;
+    e->probed_rows += n;
+    if (e->probe_status != CHOIR_OK) return choir_fail(e->probe_status, "a probe failed on demand");
+    p->n_rows = n;
+    p->mean[0] = (float)p->tokens[p->n_tokens - n];
+    p->mean[1] = (float)p->tokens[p->n_tokens - 1];
+    p->mean[2] = (float)n;
+    p->mean[3] = (float)p->n_blocks;
+    p->gate_entropy = 0.5F;
+    return CHOIR_OK;
+}
+
 choir_step_engine simulated_step_engine(simulated_engine *e)
 {
     static const int32_t eos[] = {3};
@@ -190,8 +208,7 @@ choir_step_engine simulated_step_engine(simulated_engine *e)
                                .forget_page = forget_page,
                                .kv_floor = SIMULATED_KV_FLOOR,
                                .adapters = e->adapters,
-                               .set_adapter_bytes =
-                                   e->adapter_floor > 0 ? set_adapter_bytes : NULL,
+                               .set_adapter_bytes = e->adapter_floor > 0 ? set_adapter_bytes : NULL,
                                .adapter_floor = e->adapter_floor,
                                .n_pages = e->n_pages,
                                .page_tokens = e->page_tokens,
@@ -201,5 +218,9 @@ choir_step_engine simulated_step_engine(simulated_engine *e)
                                .max_spans = e->max_spans,
                                .digest = 42,
                                .eos_ids = eos,
-                               .n_eos = 1};
+                               .n_eos = 1,
+                               .probe = e->no_probe ? NULL : probe,
+                               .n_features = SIMULATED_FEATURES,
+                               .n_blocks = SIMULATED_BLOCKS,
+                               .probe_tokens = SIMULATED_PROBE_TOKENS};
 }

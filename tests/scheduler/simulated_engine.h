@@ -18,12 +18,17 @@ typedef struct simulated_engine {
     choir_adapters *adapters;        /* NULL, or toys: what they change, later tokens see */
     uint64_t adapter_bytes, n_adapted; /* that they asked for; rows computed with any */
     uint64_t adapter_floor, slow_grants; /* grants: so many come short by half; floor: of what they share */
+    uint64_t n_probes, probed_rows;
+    choir_status probe_status;         /* what probes end with */
+    bool no_probe;                     /* as of simulated_step_engine() */
     void (*before_step)(void *user);
     void *user;
 } simulated_engine;
 
 extern bool simulated_engine_shares;
 enum { SIMULATED_KV_FLOOR = 8 };
+/* What a probe makes of a prompt: its first and last token that counted, how many did, and the blocks. */
+enum { SIMULATED_FEATURES = 4, SIMULATED_BLOCKS = 8, SIMULATED_PROBE_TOKENS = 32 };
 simulated_engine *simulated_engine_create(uint32_t n_pages);
 void simulated_engine_destroy(simulated_engine *engine);
 choir_step_engine simulated_step_engine(simulated_engine *engine);

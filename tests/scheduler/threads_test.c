@@ -21,7 +21,8 @@ typedef struct client {
     pthread_t thread;
     uint64_t seed;
     uint32_t n_done, n_wrong;
-    atomic_uint n_wakes; /* relaxed: only counted */
+    uint32_t n_open;                           /* requests whose adapters were left open */
+    atomic_uint n_wakes, n_chosen, n_released; /* relaxed: only counted */
 } client;
 
 static uint32_t draw(client *c, uint32_t n)
@@ -33,6 +34,20 @@ static uint32_t draw(client *c, uint32_t n)
 static void wake(void *user)
 {
     atomic_fetch_add_explicit(&((client *)user)->n_wakes, 1, memory_order_relaxed);
+}
+
+/* The model alone, or what cannot be had. */
+static void choose(void *user, const choir_prompt_features *features, choir_choice *out)
+{
+    client *c = user;
+    uint32_t n = atomic_fetch_add_explicit(&c->n_chosen, 1, memory_order_relaxed);
+    out->adapters[0] = (choir_request_adapter){"none", features->mean[0]};
+    out->n = n % 2;
+}
+
+static void give_back(void *user)
+{
+    atomic_fetch_add_explicit(&((client *)user)->n_released, 1, memory_order_relaxed);
 }
 
 static bool is_right(const answer *got, const answer *want, uint32_t n)
@@ -49,10 +64,13 @@ static void run_once(client *c)
     uint32_t kind = draw(c, N_KINDS), leave_after = draw(c, 5) == 0 ? draw(c, 10) : UINT32_MAX;
     bool cancels = draw(c, 8) == 0;
     choir_stream *stream;
-    if (choir_scheduler_submit(c->scheduler, &kinds[kind], wake, c, &stream) != CHOIR_OK) {
+    choir_request r = kinds[kind];
+    if (draw(c, 2) == 0) r.chooser = (choir_chooser){choose, give_back, c, 2};
+    if (choir_scheduler_submit(c->scheduler, &r, wake, c, &stream) != CHOIR_OK) {
         usleep(500);
         return;
     }
+    c->n_open += r.chooser.choose != NULL;
     answer a = {0};
     choir_event e;
     for (uint32_t n = 0; n < leave_after && !a.done; n++) {
@@ -125,6 +143,10 @@ static void test_clients(void **state)
     assert_true(choir_scheduler_idle(s));
     choir_scheduler_destroy(s);
     simulated_engine_destroy(engine);
+    for (uint32_t i = 0; i < N_CLIENTS; i++) {
+        assert_true(clients[i].n_open > 0 && clients[i].n_chosen <= clients[i].n_open);
+        assert_int_equal(clients[i].n_released, clients[i].n_open);
+    }
 }
 
 /* The scheduler goes while streams are open and read from other threads. */

@@ -3,6 +3,7 @@
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <string.h>
 
 #include <cmocka.h>
@@ -87,6 +88,14 @@ static void take_delta(const choir_event *e, answer *a)
     a->text_bytes[i] += e->text_bytes;
 }
 
+static void note_adapters(const choir_event *e, answer *a)
+{
+    size_t n = 0;
+    for (uint32_t i = 0; i < e->n_adapters && n < sizeof a->with; i++)
+        n += (size_t)snprintf(a->with + n, sizeof a->with - n, "%s:%g ", e->adapters[i].name,
+                              (double)e->adapters[i].weight);
+}
+
 bool drain(choir_stream *stream, answer *a)
 {
     choir_event e;
@@ -94,6 +103,7 @@ bool drain(choir_stream *stream, answer *a)
         if (e.kind == CHOIR_EVENT_STARTED) {
             assert_false(a->started);
             a->started = true;
+            note_adapters(&e, a);
         }
         if (e.kind == CHOIR_EVENT_DELTA) take_delta(&e, a);
         if (e.kind != CHOIR_EVENT_DONE) continue;

@@ -34,6 +34,7 @@ typedef struct answer {
     choir_usage usage;
     choir_finish finish[N_ANSWERS];
     uint32_t stop_match[N_ANSWERS];
+    char with[128]; /* STARTED: "a:0.5 b:2 ", what it is computed with */
 } answer;
 
 bool drain(choir_stream *stream, answer *a); /* reads what is there; true once DONE has come */
