@@ -63,7 +63,7 @@ static float mean_entropy(const choir_engine *e, uint32_t n_blocks)
     return n_gates > 0 ? (float)(sum / n_gates / s->n_rows) : 0;
 }
 
-/* Pages beyond the prompt are zero, since attention reads whole ones. */
+/* Whatever lies in them: keys and values are read once they were written. */
 static void make_pages(choir_engine *e, uint32_t n_rows, uint32_t pages[PROBE_PAGES],
                        choir_span *span)
 {
@@ -71,7 +71,6 @@ static void make_pages(choir_engine *e, uint32_t n_rows, uint32_t pages[PROBE_PA
     uint32_t n = (n_rows + CHOIR_PAGE_TOKENS - 1) / CHOIR_PAGE_TOKENS;
     for (uint32_t i = 0; i < n; i++) pages[i] = i;
     s->kv = (kv_view){(uint8_t *)s->logits, e->layer_kv_bytes, 0, n};
-    memset(s->kv.base, 0, n * s->kv.page_bytes);
     span->pages = pages;
     span->n_pages = n;
 }

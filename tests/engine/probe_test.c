@@ -64,6 +64,8 @@ static features probe(choir_engine *engine, const uint32_t *tokens, uint32_t n, 
 {
     features f = {.entropy = -1};
     choir_probe p = {.tokens = tokens, .n_tokens = n, .n_blocks = n_blocks, .mean = f.mean};
+    /* NaN where its keys and values will lie: none is read that it has not written. */
+    memset(engine->step.logits, 0xFF, choir_probe_pages(engine) * engine->layer_kv_bytes);
     if (choir_engine_probe(engine, &p) != CHOIR_OK) fail_msg("%s", choir_error_message());
     f.entropy = p.gate_entropy;
     f.n_rows = p.n_rows;
