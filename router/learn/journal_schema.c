@@ -212,7 +212,10 @@ void journal_recover(choir_journal *j)
     db->rc = SQLITE_OK;
 }
 
+/* On a connection that is new: the old one's cache may hold the pages as they were. */
 void journal_look_at_damage(choir_journal *j)
 {
-    if (j->db.db != NULL && check_pages(&j->db) != CHOIR_OK) journal_recover(j);
+    close_untrusted(&j->db);
+    if (journal_connect(j, true) != CHOIR_OK)
+        choir_log(CHOIR_LOG_ERROR, "%s", choir_error_message());
 }

@@ -16,77 +16,112 @@ typedef struct change {
     int bytes; /* -1: the file was cut at `offset` */
 } change;
 
+/* What a path's file has not synced yet, whichever handle wrote it. */
+typedef struct dirt {
+    struct dirt *next;
+    char path[4200];
+    change *changes;
+    size_t n, room;
+} dirt;
+
 typedef struct bad_file {
     sqlite3_file base;
     int platter, file; /* -1: not a journal's file */
-    change *changes;
-    size_t n_changes, room;
+    dirt *dirt;
     sqlite3_file *real; /* behind this struct */
 } bad_file;
 
 static sqlite3_vfs *disk, bad;
 static sqlite3_io_methods methods;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static struct {
-    bool armed;
-    bad_call call;
-    uint64_t at, more, n;
-    uint64_t n_failed;
-    int rc;
-} plan;
+static dirt *all_dirt;
+static bad_plan plan;
+static bool armed;
+static uint64_t n_calls, n_failed, n_opens_failed;
 
-void bad_disk_arm(bad_call call, uint64_t at, uint64_t more, int rc)
+static dirt *dirt_of(const char *path)
 {
     pthread_mutex_lock(&lock);
-    plan.armed = true;
-    plan.call = call;
-    plan.at = at;
-    plan.more = more;
-    plan.rc = rc;
-    plan.n = plan.n_failed = 0;
+    dirt *d = all_dirt;
+    while (d != NULL && strcmp(d->path, path) != 0) d = d->next;
+    if (d == NULL) {
+        d = calloc(1, sizeof *d);
+        CHOIR_ASSERT(d != NULL);
+        snprintf(d->path, sizeof d->path, "%s", path);
+        d->next = all_dirt;
+        all_dirt = d;
+    }
+    pthread_mutex_unlock(&lock);
+    return d;
+}
+
+static void forget_dirt(void)
+{
+    while (all_dirt != NULL) {
+        dirt *next = all_dirt->next;
+        free(all_dirt->changes);
+        free(all_dirt);
+        all_dirt = next;
+    }
+}
+
+void bad_disk_arm(const bad_plan *what)
+{
+    pthread_mutex_lock(&lock);
+    forget_dirt();
+    plan = *what;
+    armed = true;
+    n_calls = n_failed = n_opens_failed = 0;
     pthread_mutex_unlock(&lock);
 }
 
 void bad_disk_disarm(void)
 {
     pthread_mutex_lock(&lock);
-    plan.armed = false;
+    armed = false;
+    forget_dirt();
     pthread_mutex_unlock(&lock);
 }
 
 uint64_t bad_disk_failures(void)
 {
     pthread_mutex_lock(&lock);
-    uint64_t n = plan.n_failed;
+    uint64_t n = n_failed;
     pthread_mutex_unlock(&lock);
     return n;
+}
+
+static bool fails(bad_call call)
+{
+    if (!armed) return false;
+    if (call == BAD_OPEN && call != plan.call && n_failed > 0) return n_opens_failed++ < plan.opens;
+    if (call != plan.call) return false;
+    n_calls++;
+    if (n_calls < plan.at || n_calls > plan.at + plan.more) return false;
+    n_failed++;
+    return true;
 }
 
 /* SQLITE_OK, or what this call fails with. */
 static int fate(bad_call call)
 {
-    int rc = SQLITE_OK;
     pthread_mutex_lock(&lock);
-    if (plan.armed && plan.call == call) {
-        plan.n++;
-        if (plan.n >= plan.at && plan.n <= plan.at + plan.more) {
-            plan.n_failed++;
-            rc = plan.rc;
-        }
-    }
+    int rc = !fails(call) ? SQLITE_OK : call == BAD_OPEN ? SQLITE_CANTOPEN : plan.rc;
     pthread_mutex_unlock(&lock);
     return rc;
 }
 
-static void note(bad_file *f, sqlite3_int64 offset, int bytes)
+/* Only the writer's connection writes, so its thread alone comes here. */
+static void note(const bad_file *f, sqlite3_int64 offset, int bytes)
 {
-    if (f->platter < 0) return;
-    if (f->n_changes == f->room) {
-        f->room = 2 * f->room + 16;
-        f->changes = realloc(f->changes, f->room * sizeof *f->changes);
-        CHOIR_ASSERT(f->changes != NULL);
+    dirt *d = f->dirt;
+    if (d == NULL) return;
+    if (d->n == d->room) {
+        d->room = 2 * d->room + 16;
+        d->changes = realloc(d->changes, d->room * sizeof *d->changes);
+        CHOIR_ASSERT(d->changes != NULL);
     }
-    f->changes[f->n_changes++] = (change){offset, bytes};
+    d->changes[d->n++] = (change){offset, bytes};
 }
 
 static void copy_range(int from, int to, sqlite3_int64 offset, size_t bytes)
@@ -106,7 +141,6 @@ static int bad_close(sqlite3_file *file)
     bad_file *f = (bad_file *)file;
     if (f->platter >= 0) close(f->platter);
     if (f->file >= 0) close(f->file);
-    free(f->changes);
     return f->real->pMethods->xClose(f->real);
 }
 
@@ -142,15 +176,17 @@ static int bad_sync(sqlite3_file *file, int flags)
     (void)flags;
     bad_file *f = (bad_file *)file;
     int rc = fate(BAD_SYNC);
-    for (size_t i = 0; rc == SQLITE_OK && i < f->n_changes; i++) {
-        const change *c = &f->changes[i];
+    dirt *d = f->dirt;
+    if (d == NULL) return rc;
+    for (size_t i = 0; rc == SQLITE_OK && i < d->n; i++) {
+        const change *c = &d->changes[i];
         if (c->bytes < 0) {
             CHOIR_ASSERT(ftruncate(f->platter, c->offset) == 0);
         } else {
             copy_range(f->file, f->platter, c->offset, (size_t)c->bytes);
         }
     }
-    f->n_changes = 0;
+    d->n = 0; /* also if it failed: then what was written is lost */
     return rc;
 }
 
@@ -236,11 +272,14 @@ static int bad_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *file,
     if (!writes || name == NULL) return SQLITE_OK;
     char platter[4200];
     snprintf(platter, sizeof platter, "%s.platter", name);
+    bool is_new = access(platter, F_OK) != 0;
     f->platter = open(platter, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     /* A second descriptor would take SQLite's POSIX locks with it when it is closed; only this
      * process has the file, and SQLite counts its own locks within one. */
     f->file = open(name, O_RDONLY | O_CLOEXEC);
     CHOIR_ASSERT(f->platter >= 0 && f->file >= 0);
+    f->dirt = dirt_of(name);
+    if (is_new) copy_range(f->file, f->platter, 0, SIZE_MAX); /* what lay there before */
     return SQLITE_OK;
 }
 
@@ -250,7 +289,10 @@ static int bad_delete(sqlite3_vfs *vfs, const char *name, int sync)
     char platter[4200];
     snprintf(platter, sizeof platter, "%s.platter", name);
     int rc = disk->xDelete(disk, name, sync);
-    if (rc == SQLITE_OK) unlink(platter);
+    if (rc == SQLITE_OK) {
+        unlink(platter);
+        dirt_of(name)->n = 0;
+    }
     return rc;
 }
 

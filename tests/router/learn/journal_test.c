@@ -465,8 +465,7 @@ static void test_retention_by_age(void **state)
     (void)state;
     world w;
     char id[16];
-    make_world(&w);
-    close_world(&w);
+    make_closed_world(&w, NULL);
     w.options.max_age_s = 100;
     open_world(&w);
     for (int i = 0; i < 600; i++) { /* more than two slices */
@@ -506,8 +505,7 @@ static void test_retention_by_size(void **state)
     world w;
     char id[16], path[128];
     struct stat st;
-    make_world(&w);
-    close_world(&w);
+    make_closed_world(&w, NULL);
     w.options.max_bytes = LIMIT;
     w.options.max_age_s = 0;
     open_world(&w);
@@ -717,8 +715,7 @@ static void test_full_queue(void **state)
     gate g = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false, false};
     toy t;
     reply replies[4];
-    make_world(&w);
-    close_world(&w);
+    make_closed_world(&w, NULL);
     w.options.max_queued = 3;
     open_world(&w);
     make_toy(&t, "first", "m", "t");

@@ -1,4 +1,4 @@
-/* WHAT    What tests of the journal share: a folder in /tmp, entries whose every field follows from their id, calls
+/* WHAT    What tests of the journal share: a folder, entries whose every field follows from their id, calls
  *         that wait for the answer, and the whole journal as a list.
  * OWNS    The folder, until end_world().
  * THREADS One owner.
@@ -22,6 +22,9 @@ typedef struct world {
 } world;
 
 void make_world(world *w); /* open */
+/* No journal was there yet. where: NULL, a place in memory if there is one, or a folder on a disk.
+ */
+void make_closed_world(world *w, const char *where);
 void open_world(world *w);
 void close_world(world *w);
 void end_world(world *w);
