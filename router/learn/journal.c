@@ -95,15 +95,15 @@ static void settle(queued *entry, choir_status status, const char *why)
     entry->receipt = (choir_journal_receipt){.status = status, .message = entry->why};
 }
 
-/* The writing has failed, and with it every entry that waits for it: the sentence is told to each.
- */
-static choir_status note_failure(choir_journal *j, choir_status status, char why[MAX_WHY])
+/* The writing has failed: `why` is told to every entry that waits for it. */
+static choir_status note_failure(choir_journal *j, choir_status status,
+                                 char why[CHOIR_MAX_SENTENCE])
 {
     if (status == CHOIR_E_DATA_LOSS) { /* the file is set aside, and the entry can be sent again */
         choir_fail_in(CHOIR_E_IO, "this was not written and may be sent again");
         status = CHOIR_E_IO;
     }
-    snprintf(why, MAX_WHY, "%s", choir_error_message());
+    snprintf(why, CHOIR_MAX_SENTENCE, "%s", choir_error_message());
     journal_recover(j);
     if (status == CHOIR_E_UNAVAILABLE) return status; /* a reader was in the way: nothing is ill */
     pthread_mutex_lock(&j->lock);
@@ -149,7 +149,7 @@ static choir_status write_entries(choir_journal *j, queued *first)
 /* Returns what follows. */
 static queued *write_group(choir_journal *j, queued *first)
 {
-    char why[MAX_WHY];
+    char why[CHOIR_MAX_SENTENCE];
     uint64_t n_refused = 0;
     queued *entry = first;
     choir_status status = write_entries(j, first);
@@ -193,7 +193,7 @@ static void care(choir_journal *j)
 {
     const choir_journal_options *o = &j->options;
     bool too_large = o->max_bytes != 0 && j->used_bytes > o->max_bytes, more;
-    char why[MAX_WHY] = "";
+    char why[CHOIR_MAX_SENTENCE] = "";
     if (!j->retention && (too_large || choir_clock_now() - j->cared_ns >= CARE_NS)) {
         j->retention = true;
         j->retain_ms = wall_ms();
@@ -215,7 +215,7 @@ static void start_retention(choir_journal *j, queued *entry)
 
 static void forget(choir_journal *j, queued *entry)
 {
-    char why[MAX_WHY] = "";
+    char why[CHOIR_MAX_SENTENCE] = "";
     choir_status status = journal_forget_now(j, entry->forget.tenant, entry->forget.n);
     if (status != CHOIR_OK) status = note_failure(j, status, why);
     settle(entry, status, why);
@@ -378,7 +378,7 @@ typedef struct waiter {
     choir_journal *journal;
     bool done;
     choir_journal_receipt receipt;
-    char why[MAX_WHY];
+    char why[CHOIR_MAX_SENTENCE];
 } waiter;
 
 static void wake(void *user, const choir_journal_receipt *receipt)

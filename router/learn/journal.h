@@ -186,6 +186,6 @@ typedef struct choir_journal_stats {
     uint64_t n_refused;  /* entries that did not become durable */
     uint32_t n_queued;
     bool healthy;        /* the last write went well */
-    char why[256];       /* … or this sentence */
+    char why[CHOIR_MAX_SENTENCE]; /* … or this sentence */
 } choir_journal_stats;
 void choir_journal_get_stats(choir_journal *journal, choir_journal_stats *out);

@@ -157,7 +157,7 @@ static void close_untrusted(journal_db *db)
 static choir_status set_aside(choir_journal *j)
 {
     static const char *const ends[] = {"-wal", "-shm", ""};
-    char from[sizeof j->path + 32], to[sizeof j->path + 32], aside[sizeof j->path + 16];
+    char from[sizeof j->path + 64], to[sizeof j->path + 64], aside[sizeof j->path + 32];
     for (int n = 1;; n++) {
         snprintf(aside, sizeof aside, "%s.damaged-%d", j->path, n);
         snprintf(to, sizeof to, "%s-wal", aside);

@@ -151,8 +151,6 @@ typedef enum queued_kind {
     QUEUED_FORGET,
 } queued_kind;
 
-enum { MAX_WHY = 512 };
-
 typedef struct queued {
     struct queued *next;
     queued_kind kind;
@@ -174,7 +172,7 @@ typedef struct queued {
     choir_journal_done done;
     void *user;
     choir_journal_receipt receipt;
-    char why[MAX_WHY];
+    char why[CHOIR_MAX_SENTENCE];
 } queued;
 
 /* -- journal_write.c: within a transaction -- */

@@ -145,12 +145,12 @@ static bool run_once(const way *how, uint64_t at)
     const bad_plan plan = {how->call, how->rc, at, at % 2 == 0 ? 3 : 0, how->opens};
     world w;
     acks a = {0};
-    char cut[64 + 8];
+    char cut[sizeof w.folder];
     now = how;
     now_at = at;
     now_where = "";
     make_closed_world(&w, NULL);
-    snprintf(cut, sizeof cut, "%s/cut", w.folder);
+    snprintf(cut, sizeof cut, "%.64s/cut", w.folder);
     w.options.vfs = "bad";
     bad_disk_arm(&plan);
     use_and_cut(&w, &a, cut);

@@ -38,7 +38,7 @@ void close_world(world *w)
 
 void end_world(world *w)
 {
-    char command[96];
+    char command[128];
     close_world(w);
     snprintf(command, sizeof command, "rm -rf '%s'", w->folder);
     assert_int_equal(system(command), 0);

@@ -16,7 +16,7 @@
 #include <cmocka.h>
 
 typedef struct world {
-    char folder[64];
+    char folder[96];
     choir_journal_options options;
     choir_journal *journal; /* NULL: closed */
 } world;
