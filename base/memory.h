@@ -20,7 +20,8 @@
     X(REQUESTS, "requests")                                                                        \
     X(PREFIX, "prefix cache")                                                                      \
     X(SERVER, "server")                                                                            \
-    X(TUNE, "training")
+    X(TUNE, "training")                                                                            \
+    X(LEARNING, "learning")
 
 typedef enum choir_memory_tag {
 #define X(name, text) CHOIR_MEM_##name,

@@ -9,14 +9,15 @@ declare -A may=(
     [base]=''
     [engine/kernels]=''
     [router]='engine/kernels'
+    [router/learn]=''
     [experts]='engine/kernels'
     [engine]='engine/kernels router experts'
     [scheduler]='engine engine/kernels'
     [agents]='scheduler'
     [proto]=''
-    [server]='proto scheduler agents router engine engine/kernels'
+    [server]='proto scheduler agents router router/learn engine engine/kernels'
     [tune]='engine engine/kernels'
-    [cli]='server scheduler engine engine/kernels tune agents router experts proto'
+    [cli]='server scheduler engine engine/kernels tune agents router router/learn experts proto'
 )
 # What other folders may include of a folder. The scheduler's and the server's faces speak in the engine's
 # terms, so the engine's public headers are theirs too.
@@ -26,6 +27,7 @@ declare -A public=(
     [engine]='engine/engine.h engine/model_file.h engine/tokenizer.h engine/sampler.h engine/chat_template.h
               engine/chat_variables.h engine/adapter_file.h engine/adapter.h'
     [router]='router/router.h'
+    [router/learn]='router/learn/learn.h router/learn/journal.h'
     [experts]='experts/experts.h'
     [scheduler]='scheduler/scheduler.h'
     [agents]='agents/agents.h'
@@ -40,6 +42,7 @@ tune_extra='engine/pack_file.h engine/gguf.h engine/safetensors.h engine/familie
 folder_of() { # path of a file below one of the folders above, or nothing
     case $1 in
         engine/kernels/*) echo engine/kernels ;;
+        router/learn/*) echo router/learn ;;
         */*) [ -z "${may[${1%%/*}]+known}" ] || echo "${1%%/*}" ;;
     esac
 }
@@ -82,6 +85,10 @@ pass server/server.h scheduler/scheduler.h
 pass experts/store.c engine/kernels/kernels.h
 pass base/file.c base/file.h
 pass engine/moe.c stdio.h
+pass router/learn/journal.c router/learn/journal_state.h
+pass router/learn/journal.c base/base.h
+pass server/feedback.c router/learn/journal.h
+pass cli/serve.c router/learn/learn.h
 fail base/file.c engine/engine.h
 fail router/plan.c experts/experts.h
 fail experts/store.c router/router.h
@@ -93,6 +100,12 @@ fail engine/kernels/dispatch.c engine/engine.h
 fail cli/info.c engine/gguf.h
 fail tune/upcycle.c scheduler/scheduler.h
 fail router/plan.c engine/kernels/layout.h
+fail router/learn/journal.c router/router.h
+fail router/learn/journal.c engine/kernels/kernels.h
+fail router/plan.c router/learn/journal.h
+fail engine/moe.c router/learn/journal.h
+fail scheduler/tick.c router/learn/journal.h
+fail server/feedback.c router/learn/journal_state.h
 LINES
     return $bad
 }
