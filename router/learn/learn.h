@@ -1,5 +1,5 @@
 /* WHAT    The router that learns from feedback: which plan (the model alone, an adapter, a mix) answers which prompt.
- *         policy.h draws, bound.h and trial.h judge, learner.h learns, drift.h watches, journal.h remembers.
+ *         policy.h draws, bound.h and trial.h judge, learner.h learns, drift.h watches, journal.h and version.h remember.
  * OWNS    See each.
  * THREADS See each.
  * ERRORS  See each.
@@ -8,3 +8,4 @@
 #pragma once
 #include "router/learn/journal.h"
 #include "router/learn/learner.h"
+#include "router/learn/version.h"
