@@ -195,7 +195,7 @@ static uint32_t n_pending(const sequence *q)
 static void select_decode(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
     uint64_t now = choir_clock_now();
-    for (uint32_t i = 0; i<n && * budget> 0; i++) {
+    for (uint32_t i = 0; i < n && *budget > 0; i++) {
         sequence *q = s->order[i];
         if (q->state != SEQ_RUNNING || n_pending(q) != 1) continue;
         if (*n_selected == s->options.max_sequences) break;
@@ -220,7 +220,7 @@ static uint32_t chunk(const choir_scheduler *s, const sequence *q, uint32_t budg
 
 static void select_prefill(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
-    for (uint32_t i = 0; i<n && * budget> 0 && *n_selected < s->options.max_sequences; i++) {
+    for (uint32_t i = 0; i < n && *budget > 0 && *n_selected < s->options.max_sequences; i++) {
         sequence *q = s->order[i];
         if (q->state != SEQ_RUNNING || q->selected || n_pending(q) <= 1) continue;
         uint32_t rows = chunk(s, q, *budget);
@@ -299,7 +299,7 @@ static void note_admission(choir_scheduler *s, request *r, const sequence *q)
 static void admit(choir_scheduler *s, uint32_t n, uint32_t *budget, uint32_t *n_selected)
 {
     uint32_t n_running = n_in_state(s, SEQ_RUNNING);
-    for (uint32_t i = 0; i<n && * budget> 0 && n_running < s->options.max_sequences; i++) {
+    for (uint32_t i = 0; i < n && *budget > 0 && n_running < s->options.max_sequences; i++) {
         sequence *q = s->order[i];
         if (q->state == SEQ_FETCHING && !adapters_fetched(s, q->of)) continue; /* others go on */
         if (q->state != SEQ_WAITING || !may_enter(q)) continue;

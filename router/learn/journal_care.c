@@ -114,8 +114,7 @@ static choir_status drop_rest(choir_journal *j, const char *tenant)
 static choir_status overwrite(journal_db *db)
 {
     CHOIR_TRY(journal_run_plain(db, SQL_VACUUM));
-    int rc = sqlite3_wal_checkpoint_v2(db->db, NULL, SQLITE_CHECKPOINT_TRUNCATE, NULL, NULL);
-    return rc == SQLITE_OK ? CHOIR_OK : journal_fail(db, rc);
+    return journal_empty_wal(db);
 }
 
 choir_status journal_forget_now(choir_journal *j, const char *tenant, uint64_t *n)

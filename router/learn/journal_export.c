@@ -2,7 +2,8 @@
  * him. Numbers of 64 bits that count nothing are hexadecimal text, since JSON's readers have 53. */
 #include "router/learn/journal_state.h"
 
-#include <jansson.h>
+#include "router/learn/json.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,13 +21,6 @@ typedef struct exporter {
     choir_status status;
 } exporter;
 
-static json_t *hexadecimal(uint64_t number)
-{
-    char text[17];
-    snprintf(text, sizeof text, "%016llx", (unsigned long long)number);
-    return json_string(text);
-}
-
 static json_t *features_of(const choir_decision *d)
 {
     json_t *list = json_array();
@@ -42,7 +36,7 @@ static json_t *candidates_of(const choir_decision *d)
         const choir_candidate *c = &d->candidates[i];
         json_array_append_new(list,
                               json_pack("{s:s, s:o, s:f}", "name", c->name, "digest",
-                                        hexadecimal(c->digest), "probability", c->probability));
+                                        json_of_bits(c->digest), "probability", c->probability));
     }
     return list;
 }
@@ -71,7 +65,7 @@ static json_t *decision_line(const choir_journal_entry *e)
                   d->model, "time_ms", (json_int_t)d->time_ms, "features", features_of(d),
                   "candidates", candidates_of(d), "chosen", (int)d->chosen, "explored",
                   (int)d->explored, "champion", (json_int_t)d->champion, "challenger",
-                  (json_int_t)d->challenger, "seed", hexadecimal(d->seed));
+                  (json_int_t)d->challenger, "seed", json_of_bits(d->seed));
     if (line != NULL && d->routes != NULL &&
         json_object_set_new(line, "routes", routes_of(d)) != 0) {
         json_decref(line);

@@ -121,15 +121,6 @@ static choir_status prepare_all(journal_db *db)
     return CHOIR_OK;
 }
 
-/* After a sync that failed, what lies in the WAL may be in the kernel's memory alone, marked as if
- * it were on the disk. So it is all written into the file and synced there, and the WAL begun anew,
- * before anything is added behind it. */
-static choir_status empty_wal(journal_db *db)
-{
-    int rc = sqlite3_wal_checkpoint_v2(db->db, NULL, SQLITE_CHECKPOINT_TRUNCATE, NULL, NULL);
-    return rc == SQLITE_OK ? CHOIR_OK : journal_fail(db, rc);
-}
-
 static choir_status connect_once(choir_journal *j, bool whole)
 {
     journal_db *db = &j->db;
@@ -139,7 +130,10 @@ static choir_status connect_once(choir_journal *j, bool whole)
     CHOIR_TRY(migrate(db));
     if (whole) CHOIR_TRY(check_pages(db));
     CHOIR_TRY(prepare_all(db));
-    CHOIR_TRY(empty_wal(db));
+    /* After a sync that failed, what lies in the WAL may be in the kernel's memory alone, marked as
+     * if it were on the disk. So it is all written into the file and synced there, and the WAL begun
+     * anew, before anything is added behind it. */
+    CHOIR_TRY(journal_empty_wal(db));
     CHOIR_TRY(pragma(db, "PRAGMA page_size", &page_bytes, NULL));
     j->page_bytes = (uint64_t)page_bytes;
     return journal_count(j);

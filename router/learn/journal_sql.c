@@ -202,3 +202,9 @@ bool journal_text_is_good(const char *text, size_t room)
     }
     return true;
 }
+
+choir_status journal_empty_wal(journal_db *db)
+{
+    int rc = sqlite3_wal_checkpoint_v2(db->db, NULL, SQLITE_CHECKPOINT_TRUNCATE, NULL, NULL);
+    return rc == SQLITE_OK ? CHOIR_OK : journal_fail(db, rc);
+}

@@ -125,6 +125,8 @@ choir_status journal_run(journal_call *call) CHOIR_MUST_USE;
 choir_status journal_row(journal_call *call, bool *row) CHOIR_MUST_USE;
 void journal_end_call(journal_call *call); /* before the last row was asked for */
 choir_status journal_run_plain(journal_db *db, journal_statement which) CHOIR_MUST_USE;
+/* Writes the WAL into the file, syncs that, and cuts the WAL to nothing. */
+choir_status journal_empty_wal(journal_db *db) CHOIR_MUST_USE;
 
 /* UTF-8 of fewer than `room` bytes. */
 bool journal_text_is_good(const char *text, size_t room);

@@ -510,20 +510,24 @@ static void publish_domains(const choir_learner *l, choir_learner_stats *out)
     out->regret = l->n_events > 0 ? lost / (double)l->n_events : 0;
 }
 
-/* What runs over all events is done once for each estimate. */
+/* What runs over all events is done again when a twentieth of them is new. */
+static bool is_fresh(const choir_learner *l, const choir_learner_stats *stats)
+{
+    return l->n_learnt < l->next_fit && stats->n_events != 0 && stats->live == l->live.version &&
+           l->n_learnt - stats->n_events < l->n_learnt / 20;
+}
+
 static void publish(choir_learner *l)
 {
     choir_learner_stats stats;
     pthread_mutex_lock(&l->lock);
     stats = l->published;
     pthread_mutex_unlock(&l->lock);
-    if (l->n_learnt < l->next_fit && l->n_learnt > 0 && stats.n_events != 0 &&
-        l->n_learnt - stats.n_events < l->n_learnt / 20 && stats.live == l->live.version)
-        goto bounds;
-    stats = (choir_learner_stats){.n_events = l->n_learnt};
-    publish_plans(l, &stats);
-    publish_domains(l, &stats);
-bounds:
+    if (!is_fresh(l, &stats)) {
+        stats = (choir_learner_stats){.n_events = l->n_learnt};
+        publish_plans(l, &stats);
+        publish_domains(l, &stats);
+    }
     stats.live = l->live.version;
     stats.former = l->has_former ? l->former.version : 0;
     stats.challenger = l->on_trial ? l->challenger.version : 0;

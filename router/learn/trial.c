@@ -48,7 +48,7 @@ double choir_comparison_upper(const choir_comparison *c)
 void choir_trial_begin(choir_trial *trial, const choir_trial_options *options, uint64_t number,
                        double p_min)
 {
-    *trial = (choir_trial){.options = *options, .number = number};
+    *trial = (choir_trial){.options = *options};
     choir_comparison_init(&trial->of, p_min, choir_trial_level(options->alpha, number));
 }
 
@@ -88,7 +88,7 @@ bool choir_trial_wants_guards(const choir_trial *trial)
 bool choir_trial_judge(choir_trial *trial, bool guards)
 {
     if (is_over(trial)) return false;
-    bool won = !is_lost(trial) && is_won(trial);
+    bool won = choir_trial_wants_guards(trial);
     if (is_lost(trial) || (won && !guards))
         trial->stage = CHOIR_TRIAL_REJECTED;
     else if (won)

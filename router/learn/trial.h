@@ -51,8 +51,8 @@ typedef struct choir_trial {
     choir_trial_stage stage;
     choir_comparison of; /* challenger - champion */
     uint64_t stage_began; /* of.better.n then */
-    uint64_t number;      /* m */
 } choir_trial;
+/* number: m, from 1. */
 void choir_trial_begin(choir_trial *trial, const choir_trial_options *options, uint64_t number, double p_min);
 double choir_trial_share(const choir_trial *trial); /* of the traffic that the challenger has */
 /* guards: whether all of them hold now. True: the stage has changed. */

@@ -1,7 +1,8 @@
 #include "router/learn/version.h"
 
+#include "router/learn/json.h"
+
 #include <inttypes.h>
-#include <jansson.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -36,13 +37,6 @@ static choir_status path_of(const char *folder, const char *digest, char *out, s
 /* --- to JSON: numbers of 64 bits as hexadecimal text, since JSON's integers are signed; reals with
  * 17 digits, which are the same bits when read */
 
-static json_t *json_bits(uint64_t x)
-{
-    char text[17];
-    snprintf(text, sizeof text, "%016" PRIx64, x);
-    return json_string(text);
-}
-
 static json_t *json_reals(const double *x, size_t n)
 {
     json_t *list = json_array();
@@ -66,7 +60,7 @@ static json_t *to_json(const choir_version *v)
     json_t *plans = json_array();
     for (uint32_t a = 0; a < v->n_plans; a++)
         json_array_append_new(plans, json_pack("{s:s, s:o}", "name", v->plans[a].name, "digest",
-                                               json_bits(v->plans[a].digest)));
+                                               json_of_bits(v->plans[a].digest)));
     json_t *policy =
         json_pack("{s:s, s:i}", "kind", kind_texts[v->policy.kind], "plan", (int)v->policy.plan);
     if (v->policy.kind == CHOIR_ROUTING_GREEDY)
@@ -74,8 +68,8 @@ static json_t *to_json(const choir_version *v)
     return json_pack("{s:i, s:s, s:s, s:I, s:I, s:o, s:i, s:o, s:o}", "choir_router", FORMAT,
                      "model", v->model, "parent", v->parent, "learnt_to", (json_int_t)v->learnt_to,
                      "learnt_events", (json_int_t)v->n_learnt, "feature_seed",
-                     json_bits(v->feature_seed), "feature_blocks", (int)v->n_blocks, "plans", plans,
-                     "policy", policy);
+                     json_of_bits(v->feature_seed), "feature_blocks", (int)v->n_blocks, "plans",
+                     plans, "policy", policy);
 }
 
 choir_status choir_version_save(const char *folder, const choir_version *version,
